@@ -1,0 +1,90 @@
+"""The convolutional feature extractor: a torchvision ResNet as published, or a small one for random weights."""
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import get_model
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from detr.config import ModelConfig
+from detr.position import PositionEmbeddingLearned, PositionEmbeddingSine
+
+
+class ResNetBackbone(nn.Module):
+    """A torchvision ResNet up to its last stage: stride 32, or 16 with dilation.
+
+    With frozen norms (published) conv1 and layer1 do not train either.
+    """
+
+    def __init__(self, name: str, norm: str, dilation: bool):
+        super().__init__()
+        if not name.startswith("resnet"):
+            raise ValueError(f"backbone {name!r} is neither 'small' nor a torchvision ResNet such as 'resnet50'")
+        net = get_model(
+            name,
+            weights=None,
+            replace_stride_with_dilation=[False, False, dilation],
+            norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d,
+        )
+        self.num_channels = net.fc.in_features
+        if norm == "frozen":
+            for key, parameter in net.named_parameters():
+                if not key.startswith(("layer2", "layer3", "layer4")):
+                    parameter.requires_grad_(False)
+        self.body = IntermediateLayerGetter(net, return_layers={"layer4": "0"})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> features [B, num_channels, H / 32, W / 32]."""
+        return self.body(images)["0"]
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, the first with stride 2, around a shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.downsample = nn.Sequential(
+            nn.AvgPool2d(2, ceil_mode=True),
+            nn.Conv2d(channels_in, channels_out, 1, bias=False),
+            nn.BatchNorm2d(channels_out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x), inplace=True)
+
+
+class SmallBackbone(nn.Module):
+    """A stem and three residual blocks to stride 16, 0.6 M parameters: trains from random weights on a laptop."""
+
+    num_channels = 128
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(inplace=True),
+            ResidualBlock(32, 64),
+            ResidualBlock(64, 128),
+            ResidualBlock(128, 128),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> features [B, 128, ceil(H / 16), ceil(W / 16)]."""
+        return self.body(images)
+
+
+def build_backbone(config: ModelConfig) -> nn.Sequential:
+    """The extractor and the position encoding, under the official names backbone.0 and backbone.1."""
+    if config.backbone == "small":
+        body: nn.Module = SmallBackbone()
+    else:
+        body = ResNetBackbone(config.backbone, config.norm, config.dilation)
+    encoding = PositionEmbeddingSine if config.position_embedding == "sine" else PositionEmbeddingLearned
+    return nn.Sequential(body, encoding(config.hidden_dim // 2))

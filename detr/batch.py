@@ -1,0 +1,32 @@
+"""Padding images into a batch, and normalising and masking it on the device."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+def pad_images(images: list[Tensor], multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """uint8 images [3, h, w] -> (batch [B, 3, H, W] zero-padded right and below, sizes [B, 2] as h, w).
+
+    H and W are the largest of the batch, rounded up to `multiple` so that few shapes occur.
+    """
+    sizes = torch.tensor([image.shape[-2:] for image in images])
+    height, width = (-(-int(side) // multiple) * multiple for side in sizes.amax(0))
+    batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for slot, image in zip(batch, images, strict=True):
+        slot[:, : image.shape[1], : image.shape[2]] = image
+    return batch, sizes
+
+
+def normalise(batch: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 batch [B, 3, H, W] and sizes -> (float32 images, zero where padded; mask [B, H, W], true where padded)."""
+    height, width = batch.shape[-2:]
+    mean = torch.tensor(MEAN, device=batch.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=batch.device).view(3, 1, 1)
+    rows = torch.arange(height, device=batch.device) >= sizes[:, :1]
+    columns = torch.arange(width, device=batch.device) >= sizes[:, 1:]
+    mask = rows[:, :, None] | columns[:, None, :]
+    images = (batch.float() / 255 - mean) / std
+    return images.masked_fill(mask[:, None], 0.0), mask

@@ -1,0 +1,125 @@
+"""The settings of the model, its matcher and its loss: frozen, typed, validated; presets by name.
+
+This is the one place where their defaults are written. The defaults are those of DETR as published
+(Carion et al. 2020, and the official training script); a preset overrides some of them.
+"""
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """A frozen group of settings in which an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DenoisingConfig(Settings):
+    """Denoising queries for training (Li et al. 2022, DN-DETR): noised truth that must find its way back."""
+
+    groups: int = Field(0, ge=0, description="copies of every image's boxes per step; 0 switches denoising off")
+    label_noise: float = Field(0.2, ge=0, le=1, description="share of the labels replaced by a random class")
+    box_noise: float = Field(0.4, ge=0, lt=1, description="corners move by up to this share of half the box's size")
+
+
+class LossConfig(Settings):
+    """Weights of the matching costs and of the losses (paper, section 3.1; official defaults)."""
+
+    cost_class: float = Field(1.0, ge=0)
+    cost_bbox: float = Field(5.0, ge=0)
+    cost_giou: float = Field(2.0, ge=0)
+    loss_ce: float = Field(1.0, ge=0)
+    loss_bbox: float = Field(5.0, ge=0)
+    loss_giou: float = Field(2.0, ge=0)
+    eos_coef: float = Field(0.1, ge=0, description="weight of the no-object class (softmax loss only)")
+    focal_alpha: float = Field(0.25, ge=0, le=1, description="balance of the focal loss (focal loss only)")
+    focal_gamma: float = Field(2.0, ge=0, description="focus of the focal loss (focal loss only)")
+    class_norm: Literal["device", "window"] = Field(
+        "device",
+        description="what the class loss is divided by: this worker's own count (published), "
+        "or the count over all workers and micro-batches",
+    )
+
+
+class ModelConfig(Settings):
+    """Architecture of the detector, and how an image is prepared for it."""
+
+    backbone: str = Field("resnet50", description="a torchvision ResNet, or 'small': a stem and residual blocks")
+    norm: Literal["frozen", "batch"] = Field("frozen", description="normalisation of the backbone")
+    dilation: bool = Field(False, description="DC5: dilate the last stage instead of striding")
+    hidden_dim: int = Field(256, gt=0)
+    nheads: int = Field(8, gt=0)
+    enc_layers: int = Field(6, ge=0)
+    dec_layers: int = Field(6, gt=0)
+    dim_feedforward: int = Field(2048, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    pre_norm: bool = False
+    position_embedding: Literal["sine", "learned"] = "sine"
+    num_queries: int = Field(100, gt=0)
+    queries: Literal["learned", "anchors"] = Field(
+        "learned", description="learned vectors (as published) or anchor boxes refined layer by layer"
+    )
+    class_loss: Literal["softmax", "focal"] = "softmax"
+    aux_loss: bool = True
+    denoising: DenoisingConfig = DenoisingConfig()
+    num_classes: int = Field(
+        91, gt=0, description="set from the data's label map; COCO's official weights use 91"
+    )
+    image_size: int = Field(800, gt=0, description="the shorter side is resized to this many pixels")
+    image_max_size: int = Field(1333, gt=0, description="the longer side is at most this many pixels")
+    upscale: bool = Field(True, description="enlarge images smaller than image_size")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"preset": value}
+        if isinstance(value, dict) and "preset" in value:
+            value = dict(value)
+            name = value.pop("preset")
+            if name not in PRESETS:
+                raise ValueError(f"no model preset is named {name!r}; there are {', '.join(PRESETS)}")
+            value = {**PRESETS[name], **value}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_dim % self.nheads:
+            raise ValueError(f"hidden_dim {self.hidden_dim} is not a multiple of nheads {self.nheads}")
+        if self.hidden_dim % 4:
+            raise ValueError(f"hidden_dim {self.hidden_dim} is not a multiple of 4")
+        if self.denoising.groups and self.queries != "anchors":
+            raise ValueError("denoising needs queries: anchors")
+        if self.queries == "anchors" and self.pre_norm:
+            raise ValueError("pre_norm is for queries: learned")
+        return self
+
+
+# What the focal loss wants in place of 1 and 1 (Zhu et al. 2021, Deformable DETR).
+FOCAL_WEIGHTS = {"cost_class": 2.0, "loss_ce": 2.0}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "detr_resnet50": {},
+    "detr_resnet50_dc5": {"dilation": True},
+    "detr_resnet101": {"backbone": "resnet101"},
+    "detr_resnet101_dc5": {"backbone": "resnet101", "dilation": True},
+    # Learns from random weights on a laptop: few queries, small images, trainable norms.
+    "tiny": {
+        "backbone": "small",
+        "norm": "batch",
+        "hidden_dim": 128,
+        "enc_layers": 2,
+        "dec_layers": 3,
+        "dim_feedforward": 512,
+        "dropout": 0.0,
+        "num_queries": 60,
+        "queries": "anchors",
+        "class_loss": "focal",
+        "denoising": {"groups": 3},
+        "image_size": 192,
+        "image_max_size": 256,
+        "upscale": False,
+    },
+}

@@ -1,0 +1,141 @@
+"""The set-prediction loss (paper, section 3.1), for all decoder layers at once.
+
+Loss names are the official ones: loss_ce, loss_bbox, loss_giou for the last layer, with the suffix _i for
+layer i before it, and with _dn for denoising queries.
+"""
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from detr.boxes import cxcywh_to_xyxy, generalized_iou
+from detr.config import LossConfig, ModelConfig
+from detr.matcher import HungarianMatcher, Matches
+from detr.model import all_layers
+from detr.queries import DenoisingQueries
+
+
+class SetCriterion(nn.Module):
+    """Matches predictions to targets, then classifies every query and pulls matched boxes to their targets.
+
+    Box losses are divided by the number of boxes averaged over the workers. The softmax class loss is a
+    weighted mean over this worker's queries (as published), or with class_norm "window" over all workers';
+    the focal loss is divided by the number of boxes.
+    """
+
+    def __init__(self, model: ModelConfig, loss: LossConfig):
+        super().__init__()
+        self.num_classes = model.num_classes
+        self.class_loss = model.class_loss
+        self.config = loss
+        self.matcher = HungarianMatcher(
+            loss.cost_class, loss.cost_bbox, loss.cost_giou, model.class_loss, loss.focal_alpha, loss.focal_gamma
+        )
+        weight = torch.ones(model.num_classes + 1)
+        weight[-1] = loss.eos_coef
+        self.register_buffer("empty_weight", weight, persistent=False)
+        self.loss_weights = {"loss_ce": loss.loss_ce, "loss_bbox": loss.loss_bbox, "loss_giou": loss.loss_giou}
+
+    def forward(
+        self, outputs: dict, targets: list[dict[str, Tensor]], denoising: DenoisingQueries | None = None
+    ) -> dict[str, Tensor]:
+        """outputs of DETR and B targets (`labels` [T], `boxes` [T, 4] cxcywh in 0..1) -> unweighted losses.
+
+        Also class_error (last layer) and cardinality_error, which have no gradient. Raises
+        NonFiniteOutputs from the matcher.
+        """
+        logits, boxes = (x if x.dtype == torch.float64 else x.float() for x in all_layers(outputs))
+        labels = torch.cat([t["labels"] for t in targets])
+        truth = torch.cat([t["boxes"] for t in targets]).to(boxes.dtype)
+        matches = self.matcher.match(logits, boxes, targets)
+        num_boxes = self._mean_over_workers(logits.new_tensor(len(labels), dtype=torch.float32)).clamp(min=1)
+
+        losses = self._losses(logits, boxes, labels, truth, matches, num_boxes, "")
+        with torch.no_grad():
+            losses |= self._errors(logits, labels, matches, targets)
+        if denoising is not None:
+            dn = outputs["denoising"]
+            layers = dn["pred_logits"].shape[0]
+            repeat = torch.arange(layers, device=labels.device).repeat_interleave(len(denoising.image))
+            given = Matches(repeat, *(x.repeat(layers) for x in (denoising.image, denoising.query, denoising.target)))
+            losses |= self._losses(
+                dn["pred_logits"].float(), dn["pred_boxes"].float(), labels, truth, given,
+                num_boxes * denoising.groups, "_dn",
+            )  # fmt: skip
+        return losses
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum that is minimised; every layer and the denoising part weigh the same."""
+        return sum(
+            value * self.loss_weights["_".join(name.split("_")[:2])]
+            for name, value in losses.items()
+            if name.startswith("loss_")
+        )
+
+    def _losses(
+        self, logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor, matches: Matches,
+        num_boxes: Tensor, suffix: str,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """logits [L, B, Q, C], boxes [L, B, Q, 4] -> the three losses of every layer."""
+        layers = logits.shape[0]
+        at = (matches.layer, matches.image, matches.query)
+        if self.class_loss == "softmax":
+            ce = self._softmax_loss(logits, labels, matches)
+        else:
+            onehot = torch.zeros_like(logits)
+            onehot[(*at, labels[matches.target])] = 1
+            focal = sigmoid_focal_loss(logits, onehot, self.config.focal_alpha, self.config.focal_gamma)
+            ce = focal.flatten(1).sum(1) / num_boxes
+
+        predicted, target = boxes[at], truth[matches.target]
+        l1 = (predicted - target).abs().sum(-1)
+        giou = 1 - generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
+        sums = boxes.new_zeros(2, layers).index_add(1, matches.layer, torch.stack([l1, giou])) / num_boxes
+        losses = {}
+        for name, values in (("loss_ce", ce), ("loss_bbox", sums[0]), ("loss_giou", sums[1])):
+            for i, value in enumerate(values):
+                losses[f"{name}{suffix}" if i == layers - 1 else f"{name}{suffix}_{i}"] = value
+        return losses
+
+    def _softmax_loss(self, logits: Tensor, labels: Tensor, matches: Matches) -> Tensor:
+        """Cross entropy over all queries, weighted by class, mean per layer: [L]."""
+        layers = logits.shape[0]
+        classes = labels.new_full(logits.shape[:3], self.num_classes)
+        classes[matches.layer, matches.image, matches.query] = labels[matches.target]
+        weight = self.empty_weight.to(logits.dtype)
+        ce = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
+        norm = weight[classes].view(layers, -1).sum(1)
+        if self.config.class_norm == "window":
+            norm = self._mean_over_workers(norm)
+        return ce.view(layers, -1).sum(1) / norm
+
+    def _errors(
+        self, logits: Tensor, labels: Tensor, matches: Matches, targets: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """class_error of the last layer in percent, cardinality_error of every layer."""
+        layers = logits.shape[0]
+        last = matches.layer == layers - 1
+        image, query, target = matches.image[last], matches.query[last], matches.target[last]
+        right = logits[-1, image, query].argmax(-1) == labels[target]
+        # Without any target the accuracy counts as zero, as published.
+        errors = {"class_error": 100 - 100 * right.float().sum() / max(len(right), 1)}
+        if self.class_loss == "softmax":
+            found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(2)
+        else:
+            found = (logits.sigmoid().amax(-1) > 0.5).sum(2)
+        counts = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
+        cardinality = (found.float() - counts.float()).abs().mean(1)
+        for i, value in enumerate(cardinality):
+            errors["cardinality_error" if i == layers - 1 else f"cardinality_error_{i}"] = value
+        return errors
+
+    @staticmethod
+    def _mean_over_workers(value: Tensor) -> Tensor:
+        if dist.is_available() and dist.is_initialized():
+            value = value.clone()
+            dist.all_reduce(value)
+            value = value / dist.get_world_size()
+        return value

@@ -1,0 +1,109 @@
+"""DETR: images and padding mask -> class logits and boxes of every query, of every decoder layer."""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr.backbone import build_backbone
+from detr.config import ModelConfig
+from detr.queries import MLP, AnchorDecoder, DenoisingQueries
+from detr.transformer import Transformer
+
+Outputs = dict[str, Tensor | list[dict[str, Tensor]]]
+
+
+class DETR(nn.Module):
+    """The detector (Carion et al. 2020); names of its weights are those of the official checkpoints.
+
+    With `queries: anchors` the decoder refines anchor boxes instead of decoding learned vectors.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        dim, anchors = config.hidden_dim, config.queries == "anchors"
+        self.transformer = Transformer(
+            dim, config.nheads, config.enc_layers, 0 if anchors else config.dec_layers,
+            config.dim_feedforward, config.dropout, config.pre_norm,
+        )  # fmt: skip
+        self.class_embed = nn.Linear(dim, config.num_classes + (config.class_loss == "softmax"))
+        self.bbox_embed = MLP(dim, dim, 4, 3)
+        if anchors:
+            self.decoder = AnchorDecoder(
+                config.dec_layers, dim, config.nheads, config.dim_feedforward, config.dropout,
+                config.num_queries, config.num_classes,
+            )  # fmt: skip
+            nn.init.zeros_(self.bbox_embed.layers[-1].weight)  # the first boxes are the anchors themselves
+            nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+        else:
+            self.query_embed = nn.Embedding(config.num_queries, dim)
+        if config.class_loss == "focal":
+            nn.init.constant_(self.class_embed.bias, -math.log(99))  # every class starts at 1 %
+        backbone = build_backbone(config)
+        self.input_proj = nn.Conv2d(backbone[0].num_channels, dim, 1)
+        self.backbone = backbone
+
+    def encode(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """images [B, 3, H, W] normalised, mask [B, H, W] true where padded -> (src, pos [B, N, D], key mask)."""
+        extract, position = self.backbone
+        features = extract(images)
+        small = F.interpolate(mask[None].float(), size=features.shape[-2:])[0].bool()
+        pos = position(small).to(features.dtype).flatten(2).transpose(1, 2)
+        src = self.input_proj(features).flatten(2).transpose(1, 2)
+        return src, pos, ~small.flatten(1)[:, None, None, :]
+
+    def forward(self, images: Tensor, mask: Tensor, denoising: DenoisingQueries | None = None) -> Outputs:
+        """images [B, 3, H, W] normalised, mask [B, H, W] bool, true where padded.
+
+        Returns `pred_logits` [B, Q, num_classes (+ 1 with softmax)], `pred_boxes` [B, Q, 4] as cxcywh in
+        0..1 of the unpadded image, `aux_outputs`: the same of each earlier layer (aux_loss), and with
+        denoising queries `denoising`: the same of all layers for them, [L, B, P, ...].
+        """
+        src, pos, key_mask = self.encode(images, mask)
+        if self.config.queries == "anchors":
+            memory = self.transformer.encode(src, pos, key_mask)
+            hs, boxes = self.decoder(memory, pos, key_mask, self.bbox_embed, denoising)
+        else:
+            hs = self.transformer(src, pos, key_mask, self.query_embed.weight)
+            boxes = self.bbox_embed(hs).sigmoid()
+        logits = self.class_embed(hs)
+        out: Outputs = {}
+        if denoising is not None:
+            split = denoising.labels.shape[1]
+            out["denoising"] = {"pred_logits": logits[:, :, :split], "pred_boxes": boxes[:, :, :split]}
+            logits, boxes = logits[:, :, split:], boxes[:, :, split:]
+        out["pred_logits"], out["pred_boxes"] = logits[-1], boxes[-1]
+        if self.config.aux_loss:
+            out["aux_outputs"] = [
+                {"pred_logits": a, "pred_boxes": b} for a, b in zip(logits[:-1], boxes[:-1], strict=True)
+            ]
+        return out
+
+    def parameter_groups(self, lr: float, lr_backbone: float) -> list[dict]:
+        """The two published optimiser groups: the backbone's trainable weights, and all others.
+
+        lr_backbone 0 freezes the whole backbone.
+        """
+        if lr_backbone <= 0:
+            self.backbone[0].requires_grad_(False)
+        backbone, others = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (backbone if "backbone" in name else others).append(parameter)
+        groups = [{"params": others, "lr": lr}, {"params": backbone, "lr": lr_backbone}]
+        return [group for group in groups if group["params"]]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+
+
+def all_layers(outputs: Outputs) -> tuple[Tensor, Tensor]:
+    """Outputs of the model -> logits [L, B, Q, C] and boxes [L, B, Q, 4], the last layer last."""
+    layers = [*outputs.get("aux_outputs", []), outputs]
+    return tuple(torch.stack([layer[key] for layer in layers]) for key in ("pred_logits", "pred_boxes"))

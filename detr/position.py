@@ -1,0 +1,58 @@
+"""Position encodings computed from the padding mask (paper, section A.4; Parmar et al. 2018)."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sine_features(position: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
+    """Angles [...] -> [..., dim]: sine and cosine interleaved over geometric frequencies."""
+    i = torch.arange(dim, dtype=torch.float32, device=position.device)
+    frequency = temperature ** (2 * torch.div(i, 2, rounding_mode="floor") / dim)
+    angle = position[..., None] / frequency
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
+
+
+class PositionEmbeddingSine(nn.Module):
+    """Fixed encoding of a feature map's cells, counted over the unpadded part and scaled to 2 pi."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim  # of each axis; the encoding has twice as many channels
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """mask [B, H, W], true where padded -> [B, 2 * dim, H, W], y first, float32."""
+        valid = ~mask
+        y = valid.cumsum(1, dtype=torch.float32)
+        x = valid.cumsum(2, dtype=torch.float32)
+        y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
+        x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+        return torch.cat([sine_features(y, self.dim), sine_features(x, self.dim)], dim=3).permute(0, 3, 1, 2)
+
+
+class PositionEmbeddingLearned(nn.Module):
+    """Learned encoding of up to 50 rows and 50 columns."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.row_embed = nn.Embedding(50, dim)
+        self.col_embed = nn.Embedding(50, dim)
+        nn.init.uniform_(self.row_embed.weight)
+        nn.init.uniform_(self.col_embed.weight)
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """mask [B, H, W] -> [B, 2 * dim, H, W], x first. Raises ValueError beyond 50 rows or columns."""
+        batch, height, width = mask.shape
+        if max(height, width) > 50:
+            raise ValueError(f"learned positions reach 50 x 50 cells; this feature map has {height} x {width}")
+        x = self.col_embed.weight[:width].expand(height, width, -1)
+        y = self.row_embed.weight[:height, None].expand(height, width, -1)
+        return torch.cat([x, y], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
+
+
+def sine_of_boxes(boxes: Tensor, dim: int) -> Tensor:
+    """Boxes [..., 4] as cxcywh in 0..1 -> [..., 4 * dim] in the order y, x, w, h (Liu et al. 2022, DAB-DETR)."""
+    cx, cy, w, h = (boxes * (2 * math.pi)).float().unbind(-1)
+    return torch.cat([sine_features(v, dim) for v in (cy, cx, w, h)], dim=-1)

@@ -1,0 +1,417 @@
+"""Images and annotations -> Parquet shards that hold the encoded bytes untouched (Ray Data).
+
+One Ray Data row is the plan of one shard: the task reads the images it names, checks and writes them. A
+shard is there whole or not at all, with a note beside it; an attempt that follows a killed one redoes
+only the shards without a note. `dataset.json` is written last.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipelines.coco import CocoFile, read_coco, safe_join, split_train
+from pipelines.progress import console, progress
+from pipelines.settings import DataSettings, RunSettings, UserError, digest
+from pipelines.stage import read_json, write_json
+
+VERSION = 1  # raise by hand when the meaning of a shard changes
+FORMAT = 1
+ROW_GROUP = 64  # rows
+ROW_GROUP_BYTES = 128 * 2**20  # fewer rows than that where images are large
+MAX_FILE_BYTES = 2**29  # per image: keeps a binary column far from Arrow's 2 GiB
+ORIENTATION = 0x0112  # EXIF tag
+
+ANNOTATION = pa.struct(
+    [
+        ("id", pa.int64()),
+        ("category_id", pa.int64()),
+        ("bbox", pa.list_(pa.float64())),
+        ("area", pa.float64()),
+        ("iscrowd", pa.bool_()),
+        ("reject", pa.string()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("file_name", pa.string()),
+        ("image", pa.binary()),
+        ("sha256", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("exif_orientation", pa.int8()),
+        ("boxes", pa.list_(pa.list_(pa.float32(), 4))),
+        ("labels", pa.list_(pa.int32())),
+        ("annotations", pa.list_(ANNOTATION)),
+    ]
+)
+REJECTS = pa.schema(
+    [("split", pa.string()), ("file_name", pa.string()), ("annotation_id", pa.int64()), ("reason", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked COCO folder. `inputs` is what the content of the shards depends on (JSON-like)."""
+
+    path: Path
+    images: Path
+    name: str
+    files: dict[str, CocoFile]  # train; val unless it is to be split off; test where there is one
+    inputs: dict[str, Any]
+
+
+def source(settings: RunSettings, path: Path) -> Source:
+    """Find and check the annotation files of the COCO folder `path`; images are listed, not opened.
+
+    Raises UserError: exit code 2 for a missing folder or file and for a file that is not COCO, 1 for
+    names that leave the images folder, annotations without a usable box, or categories that disagree.
+    """
+    data, path = settings.data, Path(path)
+    if not path.is_dir():
+        raise UserError(f"There is no folder {path}; data.path must name a folder with images and COCO files.", 2)
+    images = path / data.images
+    if not images.is_dir():
+        raise UserError(f"There is no images folder {images}; set data.images to its path relative to {path}.", 2)
+
+    files: dict[str, CocoFile] = {}
+    for split in ("train", "val", "test"):
+        name = getattr(data, split)
+        if (path / name).exists():
+            files[split] = read_coco(path / name, images)
+        elif split == "train":
+            found = sorted(p.name for p in path.glob("*.json"))[:5]
+            hint = f"set data.train to one of {', '.join(found)}" if found else "put a COCO file there"
+            raise UserError(f"There is no annotation file {path / name}; {hint}.", 2)
+        elif name != DataSettings.model_fields[split].default:
+            raise UserError(f"There is no annotation file {path / name}, which data.{split} names.", 2)
+    train = files["train"]
+    if not train.boxes:
+        why = f" (the first of {len(train.rejects)}: {train.rejects[0][2]})" if train.rejects else ""
+        raise UserError(f"{train.path} has no box that can be trained on{why}.", 1)
+    _check_categories(files)
+
+    inputs: dict[str, Any] = {
+        "name": data.name or path.resolve().name,
+        "annotations": {split: file.sha256 for split, file in files.items()},
+        "images": _listing(images, files),
+    }
+    if "val" not in files:
+        inputs["split"] = {"val_fraction": data.val_fraction, "seed": settings.seed}
+    return Source(path, images, inputs["name"], files, inputs)
+
+
+def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any]:
+    """Write the source's shards, `rejects.parquet` and, last, `dataset.json` into the folder.
+
+    Ray must be initialised. Every image ends in a shard or in rejects.parquet with a reason, every
+    annotation in its image's row, with a reason when training must not see it. Returns {"name",
+    "digest", "classes", "images": {split: n}, "boxes": {split: n}, "rejected_images",
+    "rejected_annotations"}. Raises UserError (exit code 1) when more than
+    settings.ingest.max_reject_fraction of the images are rejected, or all of one split.
+    """
+    folder = Path(folder)
+    files = dict(source.files)
+    if "val" not in files:
+        limit = settings.ingest.max_pixels
+        files["train"], files["val"] = split_train(
+            files["train"], settings.data.val_fraction, settings.seed, source.images, limit
+        )
+        files = {split: files[split] for split in ("train", "val", "test") if split in files}
+
+    plans = list(_plans(settings, source, files))
+    done = _run(plans, folder, sum(len(file.images) for file in files.values()))
+
+    rejects = [
+        {"split": split, "file_name": name, "annotation_id": annotation_id, "reason": reason}
+        for split, file in files.items()
+        for name, annotation_id, reason in file.rejects
+    ]
+    rejected_annotations = len(rejects)
+    splits: dict[str, dict] = {}
+    lost: dict[str, list[dict]] = {}
+    for split, file in files.items():
+        mine = [result for plan, result in zip(plans, done, strict=True) if plan["split"] == split]
+        splits[split] = _split_record(mine, len(file.categories), file.path.name)
+        lost[split] = [{**reject, "split": split} for result in mine for reject in result["rejects"]]
+        _check_sums(split, file, mine)
+    images_lost = [reject for split in lost for reject in lost[split]]
+    pq.write_table(pa.Table.from_pylist(images_lost + rejects, REJECTS), folder / "rejects.parquet")
+
+    _check_rejected(settings, files, splits, images_lost, folder)
+    categories = files["train"].categories
+    dataset = {
+        "format": FORMAT,
+        "digest": digest([categories, {split: record["digest"] for split, record in splits.items()}]),
+        "name": source.name,
+        "categories": categories,
+        "splits": splits,
+        "rejected_images": len(images_lost),
+        "rejected_annotations": rejected_annotations,
+        "source": {"path": str(source.path.resolve()), "images": str(source.images.resolve())},
+    }
+    write_json(folder / "dataset.json", dataset)
+    _tell(dataset, files, folder)
+    return {
+        "name": source.name,
+        "digest": dataset["digest"],
+        "classes": len(categories),
+        "images": {split: record["images"] for split, record in splits.items()},
+        "boxes": {split: record["boxes"] for split, record in splits.items()},
+        "rejected_images": len(images_lost),
+        "rejected_annotations": rejected_annotations,
+    }
+
+
+def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read and check the images of one plan and write their shard; the work of one Ray task.
+
+    Returns (and leaves beside the shard, as `<shard>.json`) {"format", "plan", "path", "rows", "bytes",
+    "boxes", "per_class", "max_objects", "annotations", "digests": one per row, "rejects"}. Without a
+    usable image no shard is written. A shard whose note fits the plan and that rejected nothing is
+    left as it is; a rejected image is looked at again, since its fault may be mended.
+    """
+    path = folder / plan["path"]
+    note = path.with_suffix(".json")
+    fingerprint = digest(plan, 64)
+    if note.is_file() and path.is_file():
+        former = read_json(note)
+        if former["plan"] == fingerprint and former["bytes"] == path.stat().st_size and not former["rejects"]:
+            return former
+
+    result: dict[str, Any] = {"format": FORMAT, "plan": fingerprint, "path": plan["path"], "rows": 0, "bytes": 0}
+    result |= {"boxes": 0, "per_class": [0] * len(plan["labels"]), "max_objects": 0, "annotations": 0}
+    result |= {"digests": [], "rejects": []}
+    labels = {category_id: label for label, category_id in enumerate(plan["labels"])}
+    part = path.with_name(f".{path.name}.part")
+    # No compression: images are compressed already, and the rest is small.
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": ["image_id"]}
+    with pq.ParquetWriter(part, SCHEMA, **options) as writer:
+        rows: list[dict] = []
+        for record in plan["images"]:
+            row = _row(record, labels, plan["max_pixels"])
+            if isinstance(row, str):
+                result["rejects"].append({"file_name": record["file_name"], "annotation_id": None, "reason": row})
+                continue
+            rows.append(row)
+            _count(result, row)
+            if len(rows) == ROW_GROUP or sum(len(row["image"]) for row in rows) >= ROW_GROUP_BYTES:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                rows = []
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+    if result["rows"]:
+        os.replace(part, path)
+        result["bytes"] = path.stat().st_size
+    else:
+        part.unlink()
+        path.unlink(missing_ok=True)
+    write_json(note, result)
+    return result
+
+
+def _plans(settings: RunSettings, source: Source, files: dict[str, CocoFile]) -> Iterator[dict[str, Any]]:
+    """The plans of all shards: images in order of id, rows_per_shard each."""
+    labels = [category["id"] for category in files["train"].categories]
+    step = settings.ingest.rows_per_shard
+    for split, file in files.items():
+        for shard, start in enumerate(range(0, len(file.images), step)):
+            yield {
+                "split": split,
+                "path": f"{split}-{shard:05d}.parquet",
+                "labels": labels,
+                "max_pixels": settings.ingest.max_pixels,
+                "images": [
+                    {
+                        **image,
+                        "path": str(safe_join(source.images.resolve(), image["file_name"])),
+                        "annotations": file.annotations_by_image[image["id"]],
+                    }
+                    for image in file.images[start : start + step]
+                ],
+            }
+
+
+def _run(plans: list[dict], folder: Path, images: int) -> list[dict]:
+    """Every plan's result, in the order of the plans."""
+    import ray
+
+    target = str(folder.resolve())
+
+    def work(row: dict[str, Any]) -> dict[str, Any]:
+        result = write_shard(json.loads(row["plan"]), Path(target))
+        return {"number": row["number"], "result": json.dumps(result)}
+
+    # Plans and results travel as text: what Arrow does not know, Ray Data would pickle.
+    rows = [{"number": number, "plan": json.dumps(plan)} for number, plan in enumerate(plans)]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work)
+    dataset.context.enable_progress_bars = False
+    done: dict[int, dict] = {}
+    with progress() as bar:
+        task = bar.add_task("Reading images", total=images, note="")
+        for row in dataset.iter_rows():
+            done[row["number"]] = json.loads(row["result"])
+            bar.advance(task, len(plans[row["number"]]["images"]))
+    return [done[number] for number in range(len(plans))]
+
+
+def _row(record: dict[str, Any], labels: dict[int, int], max_pixels: int) -> dict[str, Any] | str:
+    """The shard's row of one image, or the reason why it is rejected."""
+    from detr.transforms import ImageError, decode_image
+
+    path = Path(record["path"])
+    try:
+        if not path.exists():
+            return "there is no such file"
+        if not path.is_file():  # reading a pipe would wait for ever
+            return "it is not a file"
+        if path.stat().st_size > MAX_FILE_BYTES:
+            return f"the file is larger than {MAX_FILE_BYTES >> 20} MiB"
+        data = path.read_bytes()
+    except OSError as error:
+        return f"the file cannot be read ({error.strerror})"
+    try:
+        size = decode_image(data, max_pixels).size
+    except ImageError as error:
+        return str(error)
+    if size != (record["width"], record["height"]):
+        # The boxes were drawn on another picture: using them would teach nonsense.
+        return (
+            f"the image is {size[0]}x{size[1]}, the annotations say {record['width']}x{record['height']}"
+        )
+    used = [a for a in record["annotations"] if a["reject"] is None]
+    return {
+        "image_id": record["id"],
+        "file_name": record["file_name"],
+        "image": data,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "width": size[0],
+        "height": size[1],
+        "exif_orientation": _orientation(data),
+        "boxes": [a["box"] for a in used],
+        "labels": [labels[a["category_id"]] for a in used],
+        "annotations": [{name: a[name] for name in ANNOTATION.names} for a in record["annotations"]],
+    }
+
+
+def _orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 (as stored) where there is none or it makes no sense."""
+    try:
+        value = Image.open(io.BytesIO(data)).getexif().get(ORIENTATION)
+    except Exception:  # noqa: BLE001 - damaged EXIF raises anything; the pixels were decoded all the same
+        value = None
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _count(result: dict[str, Any], row: dict[str, Any]) -> None:
+    result["rows"] += 1
+    result["boxes"] += len(row["boxes"])
+    result["max_objects"] = max(result["max_objects"], len(row["boxes"]))
+    result["annotations"] += len(row["annotations"])
+    for label in row["labels"]:
+        result["per_class"][label] += 1
+    result["digests"].append(digest({name: value for name, value in row.items() if name != "image"}, 64))
+
+
+def _split_record(shards: list[dict], classes: int, annotations_file: str) -> dict[str, Any]:
+    return {
+        # over the rows, so that it does not depend on how many of them a shard holds
+        "digest": digest([row for shard in shards for row in shard["digests"]]),
+        "images": sum(shard["rows"] for shard in shards),
+        "boxes": sum(shard["boxes"] for shard in shards),
+        "per_class": [sum(shard["per_class"][label] for shard in shards) for label in range(classes)],
+        "max_objects": max(shard["max_objects"] for shard in shards),
+        "shards": [{key: shard[key] for key in ("path", "rows", "bytes")} for shard in shards if shard["rows"]],
+        "annotations_file": annotations_file,
+    }
+
+
+def _check_sums(split: str, file: CocoFile, shards: list[dict]) -> None:
+    """Images and annotations in = in shards + rejected. Anything else is a fault of ours."""
+    lost = {reject["file_name"] for shard in shards for reject in shard["rejects"]}
+    rows = sum(shard["rows"] for shard in shards)
+    assert rows + len(lost) == len(file.images), f"{split}: {len(file.images)} images in, {rows} and {len(lost)} out"
+    kept = [file.annotations_by_image[image["id"]] for image in file.images if image["file_name"] not in lost]
+    annotations = sum(shard["annotations"] for shard in shards)
+    assert annotations == sum(map(len, kept)), f"{split}: {annotations} annotations out, {sum(map(len, kept))} in"
+    boxes = sum(a["reject"] is None for rows in kept for a in rows)
+    assert boxes == sum(shard["boxes"] for shard in shards), f"{split}: boxes were lost"
+
+
+def _check_rejected(
+    settings: RunSettings, files: dict[str, CocoFile], splits: dict[str, dict], lost: list[dict], folder: Path
+) -> None:
+    total = sum(len(file.images) for file in files.values())
+    first = "; ".join(f"{reject['file_name']}: {reject['reason']}" for reject in lost[:3])
+    table = folder / "rejects.parquet"
+    for split, record in splits.items():
+        if not record["images"]:
+            raise UserError(f"Not one image of {split} can be used ({first}); all are listed in {table}.", 1)
+    if not splits["train"]["boxes"]:
+        raise UserError(f"No box is left to train on after {len(lost)} images were rejected; see {table}.", 1)
+    if len(lost) > settings.ingest.max_reject_fraction * total:
+        raise UserError(
+            f"{len(lost)} of {total} images were rejected, more than ingest.max_reject_fraction="
+            f"{settings.ingest.max_reject_fraction:g} allows ({first}); mend them, or raise the limit; "
+            f"all are listed in {table}.",
+            1,
+        )
+
+
+def _check_categories(files: dict[str, CocoFile]) -> None:
+    """val and test must speak of train's categories; they may leave some out."""
+    train = {category["id"]: category["name"] for category in files["train"].categories}
+    for split in ("val", "test"):
+        for category in files[split].categories if split in files else ():
+            name, known = category["name"], train.get(category["id"])
+            if known is None:
+                raise UserError(
+                    f"{files[split].path} has the category {name!r} (id {category['id']}), which "
+                    f"{files['train'].path} lacks; add it to that file's categories, or remove it here.",
+                    1,
+                )
+            if known != name:
+                raise UserError(
+                    f"Category {category['id']} is {known!r} in {files['train'].path}, but {name!r} in "
+                    f"{files[split].path}; give both files the same categories.",
+                    1,
+                )
+
+
+def _listing(images: Path, files: dict[str, CocoFile]) -> str:
+    """Digest of name, size and time of the images named, without opening them."""
+    total = hashlib.sha256()
+    for name in sorted({image["file_name"] for file in files.values() for image in file.images}):
+        try:
+            stat = os.stat(images / name)
+            total.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        except OSError:
+            total.update(f"{name}\0missing\0".encode())
+    return total.hexdigest()
+
+
+def _tell(dataset: dict[str, Any], files: dict[str, CocoFile], folder: Path) -> None:
+    parts = [f"{split} {record['images']} images, {record['boxes']} boxes" for split, record in dataset["splits"].items()]
+    text = f"Dataset {dataset['name']} ({len(dataset['categories'])} classes): {'; '.join(parts)}."
+    if "val" not in files or files["val"].path == files["train"].path:
+        text += " Val was split off train."
+    clamped = sum(file.clamped for file in files.values())
+    if clamped:
+        text += f" {clamped} boxes reached over the image's edge and were cut there."
+    if dataset["rejected_images"] or dataset["rejected_annotations"]:
+        text += (
+            f" Rejected: {dataset['rejected_images']} images, {dataset['rejected_annotations']} annotations; "
+            f"reasons in {folder / 'rejects.parquet'}."
+        )
+    console.print(text)

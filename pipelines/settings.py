@@ -1,0 +1,300 @@
+"""Everything a run can be told, in one place: one YAML file plus `key=value` overrides.
+
+Every default is written here or, for the model, in `detr.config`. Commands print what a run resolved
+to with `--print-settings`.
+"""
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from detr.config import FOCAL_WEIGHTS, PRESETS, LossConfig, ModelConfig, Settings
+
+DEFAULT_MODEL = "tiny"
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one sentence that says what and how.
+
+    exit_code: 1 when the work failed, 2 when the command was used wrongly.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+_UNITS = {
+    "step": "steps", "steps": "steps", "epoch": "epochs", "epochs": "epochs",
+    "s": "seconds", "second": "seconds", "seconds": "seconds",
+    "min": "minutes", "minute": "minutes", "minutes": "minutes", "h": "hours", "hour": "hours", "hours": "hours",
+}  # fmt: skip
+
+
+def parse_budget(text: str) -> tuple[float, Literal["steps", "epochs", "seconds"]]:
+    """'300 epochs', '5000 steps', '12 minutes' -> (amount, unit); times come back in seconds.
+
+    Raises ValueError for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", str(text).lower())
+    unit = _UNITS.get(match.group(2)) if match else None
+    if not match or not unit or float(match.group(1)) <= 0:
+        raise ValueError(f"{text!r} is not a length such as '300 epochs', '5000 steps' or '12 minutes'")
+    amount = float(match.group(1))
+    if unit == "minutes":
+        return amount * 60, "seconds"
+    if unit == "hours":
+        return amount * 3600, "seconds"
+    return amount, unit  # type: ignore[return-value]
+
+
+class DataSettings(Settings):
+    """Where the labelled images are. Without a path the built-in images are made."""
+
+    path: str | None = Field(None, description="a COCO folder; none means the built-in images")
+    name: str | None = Field(None, description="the dataset's name; by default the folder's")
+    images: str = Field("images", description="folder of the images, relative to path")
+    train: str = Field("instances_train.json", description="annotations, relative to path")
+    val: str = Field("instances_val.json", description="annotations, relative to path; if absent, split off train")
+    test: str = Field("instances_test.json", description="annotations, relative to path; used when present")
+    val_fraction: float = Field(0.2, gt=0, lt=1, description="share split off train where there is no val file")
+
+
+class SampleSettings(Settings):
+    """The built-in dataset: handwritten digits pasted on two photographs."""
+
+    train: int = Field(6000, gt=0)
+    val: int = Field(400, gt=0)
+    test: int = Field(200, ge=0)
+    max_objects: int = Field(5, ge=0)
+    seed: int = 0
+
+
+class IngestSettings(Settings):
+    rows_per_shard: int = Field(256, gt=0)
+    max_pixels: int = Field(100_000_000, gt=0, description="larger images are rejected before decoding")
+    max_reject_fraction: float = Field(0.1, ge=0, le=1, description="more rejected images than this stop the run")
+
+
+class AugmentSettings(Settings):
+    """What happens to a training image (the official recipe is `recipe: detr`)."""
+
+    recipe: Literal["detr", "light", "none"] = Field(
+        "light", description="detr: as published; light: flips, scale and crop, colour; none: resize only"
+    )
+    vertical_flip: bool = Field(False, description="also flip upside down; for images without an up")
+    scale: float = Field(0.3, ge=0, lt=1, description="light: sizes vary by up to this share")
+    colour: float = Field(0.2, ge=0, lt=1, description="light: brightness and contrast vary by up to this share")
+
+
+class TrainSettings(Settings):
+    budget: str = Field("12 minutes", description="length of the training: '300 epochs', '5000 steps' or '12 minutes'")
+    batch_size: int = Field(8, gt=0, description="images per worker and step")
+    num_workers: int = Field(1, ge=0, description="Ray Train workers; 0 trains in this process")
+    use_gpu: bool | None = Field(None, description="by default, whether the cluster has GPUs")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    lr: float = Field(4e-4, gt=0)
+    lr_backbone: float = Field(4e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    clip_max_norm: float = Field(1.0, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    lr_schedule: Literal["step", "cosine"] = "cosine"
+    lr_drop: float = Field(0.8, gt=0, le=1, description="step schedule: share of the training before lr is cut to a tenth")
+    ema_decay: float = Field(0.998, ge=0, lt=1, description="moving average of the weights; 0 switches it off")
+    validations: int = Field(6, gt=0, description="how often AP is measured during the training")
+    augment: AugmentSettings = AugmentSettings()
+    init_from: str | None = Field(None, description="a checkpoint folder or official .pth to start from")
+    backbone_weights: str | None = Field(None, description="'imagenet' (torchvision's) or a file; none: random")
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: str) -> str:
+        parse_budget(value)
+        return value
+
+
+class SweepSettings(Settings):
+    trials: int = Field(3, gt=0)
+    budget: str = Field("30 seconds", description="length of one trial, as train.budget")
+    space: dict[str, list[Any]] = Field(
+        default={
+            "loss.cost_class": [2.0, 1.0, 3.0],
+            "loss.loss_ce": [2.0, 1.0, 3.0],
+            "loss.loss_giou": [2.0, 3.0, 1.0],
+            "train.lr": [4e-4, 6e-4, 3e-4],
+        },
+        description="settings by name and the values to try; trial 0 is always the present settings",
+    )
+    max_concurrent: int = Field(1, gt=0)
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value: str) -> str:
+        parse_budget(value)
+        return value
+
+
+class EvaluateSettings(Settings):
+    batch_size: int = Field(16, gt=0)
+    max_dets: int = Field(100, gt=0, description="detections per image that count, as COCO's maxDets")
+
+
+class GateSettings(Settings):
+    """What a model must show to become champion."""
+
+    min_ap: float = Field(0.01, ge=0, le=1, description="absolute floor, also for a first champion")
+    margin: float = Field(0.0, ge=0, description="AP above the present champion's on the same data")
+
+
+class PredictSettings(Settings):
+    score_threshold: float | None = Field(None, ge=0, le=1, description="by default the model's own")
+    batch_size: int = Field(16, gt=0)
+    actors: int = Field(1, gt=0)
+    max_pixels: int = Field(100_000_000, gt=0)
+    max_reject_fraction: float = Field(0.5, ge=0, le=1)
+
+
+class TrackingSettings(Settings):
+    uri: str | None = Field(None, description="MLflow server; by default SQLite in the store")
+    experiment: str | None = Field(None, description="by default the dataset's name")
+    model_name: str | None = Field(None, description="registered model; by default the dataset's name")
+
+
+class ClusterSettings(Settings):
+    address: str = Field("local", description="a Ray cluster's address; 'local' starts Ray here")
+    num_cpus: int | None = Field(None, gt=0, description="logical CPUs of a local Ray; by default max(6, cores)")
+
+
+class RunSettings(Settings):
+    """All settings of a run."""
+
+    seed: int = 0
+    data: DataSettings = DataSettings()
+    sample: SampleSettings = SampleSettings()
+    ingest: IngestSettings = IngestSettings()
+    model: ModelConfig = ModelConfig.model_validate(DEFAULT_MODEL)
+    loss: LossConfig = LossConfig(**FOCAL_WEIGHTS)
+    train: TrainSettings = TrainSettings()
+    sweep: SweepSettings = SweepSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    gate: GateSettings = GateSettings()
+    predict: PredictSettings = PredictSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_model(cls, values: Any) -> Any:
+        """A model told in part starts from the default preset; a focal loss has weights of its own."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        model = values.get("model", DEFAULT_MODEL)
+        if isinstance(model, dict) and "preset" not in model:
+            model = {"preset": DEFAULT_MODEL, **model}
+        values["model"] = model
+        loss = values.get("loss") or {}
+        name = model if isinstance(model, str) else model.get("preset")
+        class_loss = (model.get("class_loss") if isinstance(model, dict) else None) or PRESETS.get(
+            name, {}
+        ).get("class_loss")
+        if isinstance(loss, dict):
+            values["loss"] = {**(FOCAL_WEIGHTS if class_loss == "focal" else {}), **loss}
+        return values
+
+
+def load_settings(config: str | Path | None = None, overrides: Iterable[str] = ()) -> RunSettings:
+    """Settings from a YAML file (or none) and overrides such as 'train.lr=2e-4'.
+
+    Raises UserError (exit code 2) naming the file or override, the key, and the nearest right key.
+    """
+    values: dict[str, Any] = {}
+    if config is not None:
+        path = Path(config)
+        if not path.is_file():
+            raise UserError(f"There is no settings file {path}.", 2)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", 2) from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path} must hold settings as 'key: value' lines, not a {type(values).__name__}.", 2)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r} is not a setting; write it as key=value, such as train.lr=2e-4.", 2)
+        set_key(values, key, _parse_value(text))
+    return validate_settings(values, str(config) if config else "the settings")
+
+
+def validate_settings(values: dict[str, Any], where: str = "the settings") -> RunSettings:
+    """A nested dict -> RunSettings; raises UserError (exit code 2) with one sentence."""
+    try:
+        return RunSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        loc = [str(part) for part in first["loc"]]
+        key = ".".join(loc)
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(RunSettings)
+            near = difflib.get_close_matches(key, known, 1, 0.5) or difflib.get_close_matches(
+                loc[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.5
+            )
+            full = near[0] if near and near[0] in known else next(
+                (k for k in known if near and k.rsplit(".", 1)[-1] == near[0]), None
+            )
+            hint = f"; did you mean {full!r}?" if full else "; `--print-settings` lists them all"
+            raise UserError(f"There is no setting {key!r} in {where}{hint}", 2) from error
+        raise UserError(f"Setting {key!r} in {where}: {first['msg'].removeprefix('Value error, ')}.", 2) from error
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """values['a']['b'] = value for key 'a.b', making the groups on the way."""
+    *groups, last = key.split(".")
+    for group in groups:
+        inner = values.get(group)
+        if isinstance(inner, str) and group == "model":
+            inner = {"preset": inner}
+        values[group] = values = dict(inner) if isinstance(inner, dict) else {}
+    values[last] = value
+
+
+def override_settings(settings: RunSettings, changes: dict[str, Any]) -> RunSettings:
+    """A copy of the settings with dotted keys replaced; raises UserError for an unknown key."""
+    values = settings.model_dump(mode="json")
+    for key, value in changes.items():
+        set_key(values, key, value)
+    return validate_settings(values)
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Hex digest of a JSON-like value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _parse_value(text: str) -> Any:
+    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text):
+        return float(text)  # YAML 1.1 reads 4e-4 as a string
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys += _known_keys(inner, prefix + name + ".")
+    return keys

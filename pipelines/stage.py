@@ -1,0 +1,73 @@
+"""A stage's result is addressed by what went in: inputs, settings, and a version raised by hand.
+
+A finished stage leaves `stage.json` in its folder; asked again for the same work it is read, not redone.
+That holds without any ledger: the workflow engine only remembers what this file proves.
+"""
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from pipelines.settings import digest
+
+FORMAT = 1
+
+
+def run_stage(
+    store: Path | str,
+    stage: str,
+    version: int,
+    settings: dict[str, Any],
+    inputs: dict[str, Any],
+    work: Callable[[Path], dict[str, Any]],
+) -> dict[str, Any]:
+    """Do `work(folder)` once for these inputs and settings, and return its record.
+
+    The record is {"format", "stage", "version", "key", "folder", "settings", "inputs", "result",
+    "seconds", "finished", "reused"}; `result` is what work returned (JSON-like). A lock keeps two
+    processes from doing the same work side by side. What work raises is passed on, and nothing is
+    recorded then.
+    """
+    key = digest({"stage": stage, "version": version, "settings": settings, "inputs": inputs})
+    folder = Path(store).resolve() / stage / key
+    folder.mkdir(parents=True, exist_ok=True)
+    record_path = folder / "stage.json"
+    with FileLock(str(folder / ".lock")):
+        if record_path.is_file():
+            record = json.loads(record_path.read_text(encoding="utf-8"))
+            return {**record, "folder": str(folder), "reused": True}
+        started = time.monotonic()
+        result = work(folder)
+        record = {
+            "format": FORMAT,
+            "stage": stage,
+            "version": version,
+            "key": key,
+            "settings": settings,
+            "inputs": inputs,
+            "result": result,
+            "seconds": round(time.monotonic() - started, 2),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(record_path, record)
+    return {**record, "folder": str(folder), "reused": False}
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_json(path: Path | str) -> Any:
+    """The JSON value in a file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,0 +1,268 @@
+import contextlib
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.evaluate import (
+    DETECTIONS,
+    check_ids,
+    coco_metrics,
+    coco_truth,
+    detections_to_coco,
+    match_detections,
+    read_split,
+)
+from pipelines.settings import UserError
+
+TWELVE = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+
+
+def pycocotools_numbers(truth, detections, max_dets=100):
+    """The twelve numbers and AP per class, by the reference implementation; None where it says -1."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO()
+        gt.dataset = json.loads(json.dumps(truth))
+        gt.createIndex()
+        run = COCOeval(gt, gt.loadRes(json.loads(json.dumps(detections))), "bbox")
+        run.params.maxDets = [1, 10, max_dets]
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+        if max_dets != 100:  # its summary knows only 100 for the first number
+            ap = run.eval["precision"][..., 0, 2]
+            run.stats[0] = ap[ap > -1].mean() if (ap > -1).any() else -1
+    numbers = dict(zip(TWELVE, (None if value == -1 else float(value) for value in run.stats), strict=True))
+    per_class = []
+    for at in range(len(truth["categories"])):
+        ap = run.eval["precision"][:, :, at, 0, 2]
+        per_class.append(float(ap[ap > -1].mean()) if (ap > -1).any() else None)
+    return numbers, per_class
+
+
+def random_case(seed):
+    """Truth with crowds, gaps in ids, empty images, a class without truth; jittered detections, some tied."""
+    random = np.random.default_rng(seed)
+    categories = [{"id": i, "name": f"class {i}"} for i in (1, 3, 7, 90)]
+    images = [{"id": int(i), "file_name": f"{i}.png", "width": 400, "height": 300}
+              for i in random.choice(10_000, 12, replace=False)]  # fmt: skip
+    annotations, detections = [], []
+    for image in images:
+        for _ in range(random.integers(0, 9)):
+            box = [*random.uniform(0, 200, 2), *random.uniform(3, 160, 2)]
+            category = int(random.choice([1, 3, 7]))
+            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], "category_id": category,
+                                "bbox": box, "area": box[2] * box[3] * random.uniform(0.5, 1),
+                                "iscrowd": int(random.random() < 0.15)})  # fmt: skip
+            for _ in range(random.integers(0, 4)):
+                jitter = (np.array(box) + random.normal(0, 6, 4)).clip(0.5)
+                detections.append({"image_id": image["id"], "bbox": jitter.tolist(),
+                                   "category_id": category if random.random() < 0.8 else 90,
+                                   "score": float(np.round(random.random(), 1 + seed % 3))})  # fmt: skip
+    return {"images": images, "annotations": annotations, "categories": categories}, detections
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("max_dets", [100, 12])
+def test_numbers_equal_pycocotools(seed, max_dets):
+    truth, detections = random_case(seed)
+    ours = coco_metrics(truth, detections, max_dets)
+    theirs, per_class = pycocotools_numbers(truth, detections, max_dets)
+    if max_dets == 100:
+        for key in TWELVE:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-12), key
+    assert ours["AP"] == pytest.approx(theirs["AP"], abs=1e-12)
+    assert [c["AP"] for c in ours["per_class"]] == pytest.approx(per_class, abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def bccd_val(shared_data):
+    source = json.loads((shared_data / "bccd" / "instances_val.json").read_text())
+    by_image = {image["id"]: [] for image in source["images"]}
+    for annotation in source["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    rows = [{"image_id": i["id"], "annotations": by_image[i["id"]], **i} for i in source["images"]]
+    return source, coco_truth(rows, source["categories"])
+
+
+def as_detections(truth, jitter=0.0):
+    random = np.random.default_rng(0)
+    return [{"image_id": a["image_id"], "category_id": a["category_id"], "score": float(random.random()),
+             "bbox": (np.array(a["bbox"]) + random.normal(0, 1, 4) * jitter).tolist()}
+            for a in truth["annotations"]]  # fmt: skip
+
+
+def test_perfect_detections_on_bccd(bccd_val):
+    source, truth = bccd_val
+    metrics = coco_metrics(truth, [{**found, "score": 1.0} for found in as_detections(truth)])
+    assert metrics["AP"] == pytest.approx(0.997, abs=5e-4)  # one box of zero area can never be found
+    assert metrics["APs"] is None or metrics["APs"] >= 0
+    assert sum(c["truth"] for c in metrics["per_class"]) == len(source["annotations"]) == 1138
+
+
+def test_jittered_bccd_equals_pycocotools_on_the_source_file(bccd_val):
+    source, truth = bccd_val
+    detections = as_detections(truth, jitter=8.0)
+    ours, (theirs, per_class) = coco_metrics(truth, detections), pycocotools_numbers(source, detections)
+    assert {key: ours[key] for key in TWELVE} == pytest.approx(theirs, abs=1e-12)
+    assert [c["AP"] for c in ours["per_class"]] == pytest.approx(per_class, abs=1e-12)
+    assert 0.05 < ours["AP"] < 0.95
+
+
+def test_order_of_images_and_detections_changes_nothing():
+    truth, detections = random_case(3)
+    random = np.random.default_rng(1)
+    for at, detection in enumerate(detections):
+        detection["score"] = at / len(detections)  # without ties
+    shuffled = {key: [truth[key][i] for i in random.permutation(len(truth[key]))] for key in truth}
+    shuffled["categories"] = truth["categories"]
+    other = coco_metrics(shuffled, [detections[i] for i in random.permutation(len(detections))])
+    assert other == coco_metrics(truth, detections)
+
+
+def test_annotation_ids_do_not_matter():
+    truth, detections = random_case(5)
+    expected = coco_metrics(truth, detections)
+    for annotation in truth["annotations"]:
+        annotation["id"] = 0
+    assert coco_metrics(truth, detections) == expected
+
+
+def one_image(boxes, categories=(1, 2), crowd=()):
+    return {
+        "images": [{"id": 5, "file_name": "a.png", "width": 100, "height": 100}],
+        "categories": [{"id": i, "name": f"class {i}"} for i in categories],
+        "annotations": [{"id": n + 1, "image_id": 5, "category_id": 1, "bbox": box, "area": box[2] * box[3],
+                         "iscrowd": int(n in crowd)} for n, box in enumerate(boxes)],
+    }  # fmt: skip
+
+
+def found(box, score, category=1):
+    return {"image_id": 5, "category_id": category, "bbox": box, "score": score}
+
+
+def test_best_f1_by_hand():
+    # Three objects. By score: hit .9, hit .8, wrong .7, hit .6, wrong .5
+    # F1: 2/4, 4/5, 4/6, 6/7, 6/8 -> threshold .6 with precision 3/4 and recall 1.
+    truth = one_image([[0, 0, 10, 10], [20, 0, 10, 10], [40, 0, 10, 10]])
+    detections = [found([0, 0, 10, 10], 0.9), found([20, 0, 10, 10], 0.8), found([70, 70, 10, 10], 0.7),
+                  found([40, 0, 10, 10], 0.6), found([80, 10, 10, 10], 0.5)]  # fmt: skip
+    metrics = coco_metrics(truth, detections)
+    best = {"threshold": 0.6, "f1": 6 / 7, "precision": 0.75, "recall": 1.0}
+    assert metrics["best_f1"] == pytest.approx(best)
+    assert metrics["per_class"][0]["best_f1"] == metrics["best_f1"]
+    assert metrics["per_class"][1]["best_f1"] is None
+
+
+def test_best_f1_cannot_cut_between_equal_scores():
+    truth = one_image([[0, 0, 10, 10]])
+    metrics = coco_metrics(truth, [found([0, 0, 10, 10], 0.5), found([70, 70, 10, 10], 0.5)])
+    best = {"threshold": 0.5, "f1": 2 / 3, "precision": 0.5, "recall": 1.0}
+    assert metrics["best_f1"] == pytest.approx(best)
+
+
+def test_crowds_are_neither_right_nor_wrong():
+    truth = one_image([[0, 0, 10, 10], [50, 50, 40, 40]], crowd={1})
+    on_the_crowd = [found([52, 52, 8, 8], 0.9), found([70, 70, 8, 8], 0.8)]
+    metrics = coco_metrics(truth, [found([0, 0, 10, 10], 0.4), *on_the_crowd])
+    assert metrics["AP"] == 1.0
+    assert metrics["per_class"][0]["truth"] == 1
+    assert metrics["best_f1"] == pytest.approx({"threshold": 0.4, "f1": 1.0, "precision": 1.0, "recall": 1.0})
+
+
+def test_a_second_detection_of_an_object_matches_nothing():
+    truth = one_image([[0, 0, 10, 10]])
+    kept, matches = match_detections(truth, [found([0, 0, 10, 8], 0.9), found([0, 0, 10, 10], 0.8)])
+    assert kept["score"].tolist() == [0.9, 0.8]
+    assert matches.tolist() == [0, -1]
+
+
+def test_the_curve_ends_where_recall_ends():
+    truth = one_image([[0, 0, 10, 10], [20, 0, 10, 10]])
+    curve = coco_metrics(truth, [found([0, 0, 10, 10], 0.9)])["precision_recall"]
+    assert curve["precision"] == [1.0] * 51 + [0.0] * 50
+    assert curve["per_class"][1] is None and len(curve["recall"]) == 101
+
+
+def test_no_detections_and_no_truth():
+    truth = one_image([[0, 0, 50, 50]])
+    nothing_found = coco_metrics(truth, [])
+    assert nothing_found["AP"] == 0.0 and nothing_found["APs"] is None and nothing_found["APm"] == 0.0
+    assert nothing_found["best_f1"] == {"threshold": None, "f1": 0.0, "precision": None, "recall": 0.0}
+    no_truth = coco_metrics(one_image([]), [found([0, 0, 10, 10], 0.9)])
+    assert all(no_truth[key] is None for key in TWELVE) and no_truth["best_f1"] is None
+    assert no_truth["precision_recall"]["precision"] is None
+    assert [c["detections"] for c in no_truth["per_class"]] == [1, 0]
+    empty = coco_metrics({"images": [], "annotations": [], "categories": []}, [])
+    assert all(empty[key] is None for key in TWELVE)
+    json.dumps([nothing_found, no_truth, empty], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"image_id": 6}, "image_id"), ({"category_id": 3}, "category_id"), ({"score": float("nan")}, "finite")],
+)
+def test_detections_of_other_images_or_classes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        coco_metrics(one_image([[0, 0, 10, 10]]), [found([0, 0, 10, 10], 0.9) | change])
+
+
+def test_nothing_is_printed(capfd):
+    truth, detections = random_case(0)
+    coco_metrics(truth, detections)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_truth_keeps_rejected_and_crowd_annotations():
+    box = [1.1, 2.2, 0.0, 4.4]
+    square = [0.0, 0.0, 3.0, 3.0]
+    annotations = [
+        {"id": 1, "category_id": 4, "bbox": box, "area": 7.5, "iscrowd": False, "reject": "zero area"},
+        {"id": 2, "category_id": 4, "bbox": square, "area": None, "iscrowd": True, "reject": "crowd"},
+        {"id": 3, "category_id": 5, "bbox": square, "area": 9.0, "iscrowd": False, "reject": "category"},
+        {"id": 4, "category_id": 4, "bbox": [0.0, 0.0], "area": 9.0, "iscrowd": False, "reject": "box"},
+    ]
+    row = {"image_id": 9, "file_name": "x.jpg", "width": 10, "height": 10, "annotations": annotations}
+    truth = coco_truth(pa.Table.from_pylist([row]), [{"id": 4, "name": "cat"}])
+    assert [(a["id"], a["bbox"], a["area"], a["iscrowd"]) for a in truth["annotations"]] == [
+        (1, box, 7.5, 0), (2, [0.0, 0.0, 3.0, 3.0], 9.0, 1)]  # fmt: skip
+
+
+def test_detections_table_becomes_coco_arrays():
+    boxes = [[[1, 2, 4, 8], [0, 0, 1, 1]], [], [[5, 5, 6, 7]]]
+    columns = [[3, 4, 8], ["a", "b", "c"], boxes, [[0.5, 0.25], [], [0.75]], [[1, 0], [], [1]]]
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, DETECTIONS.types, strict=True)]
+    table = pa.table(arrays, schema=DETECTIONS)
+    table = pa.concat_tables([table.slice(0, 1), table.slice(1)])
+    arrays = detections_to_coco(table, [{"id": 10, "name": "x"}, {"id": 20, "name": "y"}])
+    assert arrays["image_id"].tolist() == [3, 3, 8]
+    assert arrays["category_id"].tolist() == [20, 10, 20]
+    assert arrays["bbox"].tolist() == [[1, 2, 3, 6], [0, 0, 1, 1], [5, 5, 1, 2]]
+    assert arrays["score"].tolist() == [0.5, 0.25, 0.75]
+    assert detections_to_coco(DETECTIONS.empty_table(), [])["bbox"].shape == (0, 4)
+
+
+def test_every_image_is_scored_once():
+    check_ids([3, 1, 2], [1, 2, 3], "val")
+    with pytest.raises(RuntimeError, match="1 missing, 1 more than once, 1 unknown"):
+        check_ids([1, 2, 2, 9], [1, 2, 3], "val")
+
+
+def test_read_split_reads_the_shards_the_dataset_names(tmp_path):
+    for at in range(2):
+        rows = {"image_id": [at * 2, at * 2 + 1], "image": [b"x", b"y"]}
+        pq.write_table(pa.table(rows), tmp_path / f"val-{at}.parquet")
+    pq.write_table(pa.table({"image_id": [99], "image": [b"z"]}), tmp_path / "val-stale.parquet")
+    shards = [{"path": f"val-{at}.parquet", "rows": 2, "bytes": 1} for at in range(2)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"format": 1, "splits": {"val": {"shards": shards}}}))
+    assert read_split(tmp_path, "val", ["image_id"]).to_pydict() == {"image_id": [0, 1, 2, 3]}
+    with pytest.raises(UserError, match="no split 'test'"):
+        read_split(tmp_path, "test")
+    with pytest.raises(UserError, match="no dataset"):
+        read_split(tmp_path / "elsewhere", "val")
