@@ -32,11 +32,13 @@ class ResNetBackbone(nn.Module):
             for key, parameter in net.named_parameters():
                 if not key.startswith(("layer2", "layer3", "layer4")):
                     parameter.requires_grad_(False)
-        self.body = IntermediateLayerGetter(net, return_layers={"layer4": "0"})
+        self.fine_channels = self.num_channels // 2
+        self.body = IntermediateLayerGetter(net, return_layers={"layer3": "fine", "layer4": "coarse"})
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> features [B, num_channels, H / 32, W / 32]."""
-        return self.body(images)["0"]
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, H, W] -> features at stride 16 [B, fine_channels, ...] and 32 [B, num_channels, ...]."""
+        features = self.body(images)
+        return features["fine"], features["coarse"]
 
 
 class ResidualBlock(nn.Module):
@@ -62,22 +64,20 @@ class ResidualBlock(nn.Module):
 class SmallBackbone(nn.Module):
     """A stem and three residual blocks to stride 16, 0.6 M parameters: trains from random weights on a laptop."""
 
-    num_channels = 128
+    fine_channels = num_channels = 128
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(32),
-            nn.ReLU(inplace=True),
-            ResidualBlock(32, 64),
-            ResidualBlock(64, 128),
-            ResidualBlock(128, 128),
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
         )
+        self.blocks = nn.Sequential(ResidualBlock(32, 64), ResidualBlock(64, 128))
+        self.last = ResidualBlock(128, 128)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> features [B, 128, ceil(H / 16), ceil(W / 16)]."""
-        return self.body(images)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, H, W] -> features at stride 8 and at stride 16, both [B, 128, ...], sizes rounded up."""
+        fine = self.blocks(self.stem(images))
+        return fine, self.last(fine)
 
 
 def build_backbone(config: ModelConfig) -> nn.Sequential:

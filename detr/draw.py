@@ -36,20 +36,12 @@ def draw_detections(
     colours [N] are RGB, by default one per label; width is the lines' in pixels of the copy, by default
     one that suits its size. Raises ValueError for lists of unequal length.
     """
-    canvas, boxes = _canvas(image, boxes)
     if colours is None:
         by_name = class_colours(sorted(set(labels)))
         colours = [by_name[label] for label in labels]
-    texts = list(labels)
-    if scores is not None:
-        texts = [f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    draw = ImageDraw.Draw(canvas)
-    width = width or _line(canvas)
-    items = list(zip(boxes, texts, colours, strict=True))
-    for box, _, colour in items:
-        draw.rectangle(_inside(box, canvas), outline=colour, width=width)
-    for box, text, colour in items:  # words last, so that no box crosses them
-        _tag(draw, canvas, box, text, colour)
+    canvas, boxes = _canvas(image, boxes)
+    _boxes(canvas, boxes, colours, width)
+    _tags(canvas, boxes, labels, scores, colours)
     return canvas
 
 
@@ -69,15 +61,18 @@ def draw_truth_and_detections(
     images are enlarged as by `draw_detections`. Raises ValueError for lists of unequal length.
     """
     colours = colours or class_colours(sorted({*truth_names, *names}))
-    canvas = draw_detections(image, boxes, names, scores, [colours[name] for name in names])
+    rgb = [colours[name] for name in names]
     _, truth_boxes = _canvas(image, truth_boxes)
-    _, found = _canvas(image, boxes)
+    canvas, boxes = _canvas(image, boxes)
     draw = ImageDraw.Draw(canvas)
-    for box, name in zip(truth_boxes, truth_names, strict=True):
+    _boxes(canvas, boxes, rgb)
+    for box in truth_boxes:
         _dashed(draw, _inside(box, canvas), max(1, _line(canvas) // 2))
-        same = found[[other == name for other in names]]
+    for box, name in zip(truth_boxes, truth_names, strict=True):
+        same = boxes[[other == name for other in names]]
         if not (_iou(box, same) >= 0.5).any():
             _tag(draw, canvas, box, name, TRUTH[1], below=True)
+    _tags(canvas, boxes, names, scores, rgb)
     return canvas
 
 
@@ -95,6 +90,22 @@ def _canvas(image: Image.Image, boxes) -> tuple[Image.Image, np.ndarray]:
     return canvas, boxes
 
 
+def _boxes(canvas: Image.Image, boxes: np.ndarray, colours, width: int | None = None) -> None:
+    draw = ImageDraw.Draw(canvas)
+    for box, colour in zip(boxes, colours, strict=True):
+        draw.rectangle(_inside(box, canvas), outline=colour, width=width or _line(canvas))
+
+
+def _tags(canvas: Image.Image, boxes: np.ndarray, labels, scores, colours) -> None:
+    """The words of all boxes, to be drawn last, so that no line crosses them; the surest on top."""
+    draw = ImageDraw.Draw(canvas)
+    texts = list(labels)
+    if scores is not None:
+        texts = [f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    for box, text, colour in reversed(list(zip(boxes, texts, colours, strict=True))):
+        _tag(draw, canvas, box, text, colour)
+
+
 def _line(canvas: Image.Image) -> int:
     return max(2, round(max(canvas.size) / 250))
 
@@ -108,7 +119,7 @@ def _inside(box: np.ndarray, canvas: Image.Image) -> list[float]:
 
 def _tag(draw: ImageDraw.ImageDraw, canvas: Image.Image, box, text: str, colour, below: bool = False) -> None:
     """A word on the box's colour, above its top left corner or below its bottom left, inside the image."""
-    font = ImageFont.load_default(max(13, round(max(canvas.size) / 45)))
+    font = ImageFont.load_default(max(14, round(max(canvas.size) / 36)))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     pad = 2
     width, height = right - left + 2 * pad, bottom - top + 2 * pad

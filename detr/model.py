@@ -32,10 +32,7 @@ class DETR(nn.Module):
         self.class_embed = nn.Linear(dim, config.num_classes + (config.class_loss == "softmax"))
         self.bbox_embed = MLP(dim, dim, 4, 3)
         if anchors:
-            self.decoder = AnchorDecoder(
-                config.dec_layers, dim, config.nheads, config.dim_feedforward, config.dropout,
-                config.num_queries, config.num_classes,
-            )  # fmt: skip
+            self.decoder = AnchorDecoder(config)
             nn.init.zeros_(self.bbox_embed.layers[-1].weight)  # the first boxes are the anchors themselves
             nn.init.zeros_(self.bbox_embed.layers[-1].bias)
         else:
@@ -43,17 +40,11 @@ class DETR(nn.Module):
         if config.class_loss == "focal":
             nn.init.constant_(self.class_embed.bias, -math.log(99))  # every class starts at 1 %
         backbone = build_backbone(config)
+        if anchors:
+            self.fine_proj = nn.Conv2d(backbone[0].fine_channels, dim, 1)
+            self.fine_norm = nn.LayerNorm(dim)
         self.input_proj = nn.Conv2d(backbone[0].num_channels, dim, 1)
         self.backbone = backbone
-
-    def encode(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """images [B, 3, H, W] normalised, mask [B, H, W] true where padded -> (src, pos [B, N, D], key mask)."""
-        extract, position = self.backbone
-        features = extract(images)
-        small = F.interpolate(mask[None].float(), size=features.shape[-2:])[0].bool()
-        pos = position(small).to(features.dtype).flatten(2).transpose(1, 2)
-        src = self.input_proj(features).flatten(2).transpose(1, 2)
-        return src, pos, ~small.flatten(1)[:, None, None, :]
 
     def forward(self, images: Tensor, mask: Tensor, denoising: DenoisingQueries | None = None) -> Outputs:
         """images [B, 3, H, W] normalised, mask [B, H, W] bool, true where padded.
@@ -62,10 +53,15 @@ class DETR(nn.Module):
         0..1 of the unpadded image, `aux_outputs`: the same of each earlier layer (aux_loss), and with
         denoising queries `denoising`: the same of all layers for them, [L, B, P, ...].
         """
-        src, pos, key_mask = self.encode(images, mask)
+        fine, coarse = self.backbone[0](images)
+        small = _shrink(mask, coarse)
+        pos = self.backbone[1](small).to(coarse.dtype).flatten(2).transpose(1, 2)
+        src = self.input_proj(coarse).flatten(2).transpose(1, 2)
+        key_mask = ~small.flatten(1)[:, None, None, :]
         if self.config.queries == "anchors":
             memory = self.transformer.encode(src, pos, key_mask)
-            hs, boxes = self.decoder(memory, pos, key_mask, self.bbox_embed, denoising)
+            memory = self._fuse(memory.transpose(1, 2).unflatten(2, coarse.shape[-2:]), fine)
+            hs, boxes = self.decoder(memory, _shrink(mask, fine), self.backbone[1], self.bbox_embed, denoising)
         else:
             hs = self.transformer(src, pos, key_mask, self.query_embed.weight)
             boxes = self.bbox_embed(hs).sigmoid()
@@ -82,6 +78,12 @@ class DETR(nn.Module):
             ]
         return out
 
+    def _fuse(self, memory: Tensor, fine: Tensor) -> Tensor:
+        """The encoder's memory [B, D, h, w] on the finer grid of `fine`, with what only that grid shows."""
+        up = F.interpolate(memory, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        fused = self.fine_norm((self.fine_proj(fine) + up).permute(0, 2, 3, 1))
+        return fused.permute(0, 3, 1, 2)
+
     def parameter_groups(self, lr: float, lr_backbone: float) -> list[dict]:
         """The two published optimiser groups: the backbone's trainable weights, and all others.
 
@@ -95,6 +97,11 @@ class DETR(nn.Module):
                 (backbone if "backbone" in name else others).append(parameter)
         groups = [{"params": others, "lr": lr}, {"params": backbone, "lr": lr_backbone}]
         return [group for group in groups if group["params"]]
+
+
+def _shrink(mask: Tensor, features: Tensor) -> Tensor:
+    """The padding mask [B, H, W] at the size of a feature map."""
+    return F.interpolate(mask[None].float(), size=features.shape[-2:])[0].bool()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

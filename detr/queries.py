@@ -1,20 +1,20 @@
 """Anchor boxes as queries, refined layer by layer, and denoising queries for training.
 
-After Liu et al. 2022 (DAB-DETR: anchor boxes as queries), Meng et al. 2021 (Conditional DETR: content and
-position side by side in the cross-attention) and Li et al. 2022 (DN-DETR: denoising).
+After Liu et al. 2022 (DAB-DETR: anchor boxes as queries), Gao et al. 2021 (SMCA: attention drawn to a place) and
+Li et al. 2022 (DN-DETR: denoising).
 """
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr.attention import MultiheadAttention, merge_heads, split_heads
+from detr.attention import MultiheadAttention
 from detr.boxes import inverse_sigmoid
-from detr.config import DenoisingConfig
+from detr.config import DenoisingConfig, ModelConfig
 from detr.position import sine_of_boxes
 
 
@@ -24,7 +24,7 @@ class MLP(nn.Module):
     def __init__(self, dim_in: int, dim_hidden: int, dim_out: int, layers: int):
         super().__init__()
         dims = [dim_in] + [dim_hidden] * (layers - 1) + [dim_out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -97,18 +97,18 @@ def denoising_mask(num_queries: int, groups: int, slots: int, device: torch.devi
 
 
 class AnchorDecoderLayer(nn.Module):
-    """Self-attention, cross-attention with content and position side by side in each head, feed-forward."""
+    """Self-attention, cross-attention drawn to places in and around the query's box, feed-forward.
+
+    Each head looks at a place given in units of the box, with a reach in the same units: the logits of the
+    cross-attention lose the squared distance to that place (Gao et al. 2021, SMCA; places as in Zhu et al.
+    2021). At the start one head sees the whole image, one the box, and the others its centre and sides.
+    """
 
     def __init__(self, dim: int, heads: int, dim_feedforward: int, dropout: float):
         super().__init__()
-        self.heads = heads
         self.self_attn = MultiheadAttention(dim, heads, dropout)
-        self.query_content = nn.Linear(dim, dim)
-        self.query_position = nn.Linear(dim, dim)
-        self.key_content = nn.Linear(dim, dim)
-        self.key_position = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.multihead_attn = MultiheadAttention(dim, heads, dropout)
+        self.place = nn.Linear(dim, heads * 3)  # x, y and log of the sharpness of every head
         self.linear1 = nn.Linear(dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, dim)
         self.norm1 = nn.LayerNorm(dim)
@@ -116,60 +116,73 @@ class AnchorDecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
+    def reset_places(self) -> None:
+        """Set every head's place and reach at the start."""
+        heads = self.place.out_features // 3
+        angle = torch.arange(heads - 3) / max(1, heads - 3) * 2 * math.pi
+        place = torch.zeros(heads, 3)
+        place[:3, 2] = torch.tensor([-3.0, 0.0, 2.0])[:heads]  # far, the box, its centre
+        place[3:] = torch.stack([0.4 * angle.cos(), 0.4 * angle.sin(), torch.full_like(angle, 2.0)], 1)
+        nn.init.zeros_(self.place.weight)
+        with torch.no_grad():
+            self.place.bias.copy_(place.flatten())
+
     def forward(
-        self, tgt: Tensor, query_pos: Tensor, centre: Tensor, memory: Tensor, pos: Tensor,
-        mask: Tensor | None, self_mask: Tensor | None,
+        self, tgt: Tensor, query_pos: Tensor, anchors: Tensor, memory: Tensor, pos: Tensor, cells: Tensor,
+        self_mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """tgt, query_pos, centre [B, Q, D] (centre: the anchor's sine encoding, scaled), memory, pos [B, N, D]."""
+        """tgt, query_pos [B, Q, D], anchors [B, Q, 4], memory, pos [B, N, D], cells [B, N, 2]: centres of the
+        memory's cells as x, y in 0..1, infinite where padded -> [B, Q, D]."""
         x = tgt + query_pos
         tgt = self.norm1(tgt + self.dropout(self.self_attn(x, x, tgt, self_mask)))
-
-        content = split_heads(self.query_content(tgt), self.heads)
-        position = split_heads(self.query_position(centre), self.heads)
-        query = torch.cat([content, position], dim=-1)
-        key_parts = (self.key_content(memory), self.key_position(pos))
-        key = torch.cat([split_heads(part, self.heads) for part in key_parts], dim=-1)
-        value = split_heads(self.value(memory), self.heads)
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        tgt = self.norm2(tgt + self.dropout(self.out_proj(merge_heads(x))))
-
+        place = self.place(tgt).float().unflatten(-1, (-1, 3)).transpose(1, 2)  # [B, heads, Q, 3]
+        centre, size = anchors[:, None, :, :2], anchors[:, None, :, 2:].clamp(min=0.02)
+        target = (centre + place[..., :2] * size) / size
+        sharpness = place[..., 2].exp()
+        # Squared distance in units of the box, axis by axis: no tensor of pairs and axes is made.
+        distance = 0.0
+        for axis in (0, 1):
+            cell = cells[:, None, None, :, axis] / size[..., axis, None]
+            distance = distance + (cell - target[..., axis, None]).square()
+        bias = (-sharpness[..., None] * distance).clamp(min=-1e4).to(tgt.dtype)
+        x = self.multihead_attn(tgt + query_pos, memory + pos, memory, bias)
+        tgt = self.norm2(tgt + self.dropout(x))
         x = self.linear2(self.dropout(self.linear1(tgt).relu()))
         return self.norm3(tgt + self.dropout(x))
 
 
 class AnchorDecoder(nn.Module):
-    """Decoder whose queries are boxes: each layer looks around its box and moves it."""
+    """Decoder whose queries are boxes: each layer looks in and around its box and moves it."""
 
-    def __init__(
-        self, layers: int, dim: int, heads: int, dim_feedforward: int, dropout: float,
-        num_queries: int, num_classes: int,
-    ):  # fmt: skip
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.dim = dim
+        self.dim = dim = config.hidden_dim
         self.layers = nn.ModuleList(
-            AnchorDecoderLayer(dim, heads, dim_feedforward, dropout) for _ in range(layers)
+            AnchorDecoderLayer(dim, config.nheads, config.dim_feedforward, config.dropout)
+            for _ in range(config.dec_layers)
         )
         self.norm = nn.LayerNorm(dim)
-        self.content_scale = MLP(dim, dim, dim, 2)  # how the content widens or narrows the position part
         self.box_position = MLP(2 * dim, dim, dim, 2)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        self.content = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
-        self.label_embed = nn.Embedding(num_classes, dim)  # content of denoising queries
+        for layer in self.layers:
+            layer.reset_places()
+        self.content = nn.Parameter(torch.randn(config.num_queries, dim) * 0.02)
+        self.label_embed = nn.Embedding(config.num_classes, dim)  # content of denoising queries
         nn.init.normal_(self.label_embed.weight, std=0.02)
-        self.anchors = nn.Parameter(inverse_sigmoid(_grid_of_anchors(num_queries)))
+        self.anchors = nn.Parameter(inverse_sigmoid(_grid_of_anchors(config.num_queries)))
 
     def forward(
-        self,
-        memory: Tensor,
-        pos: Tensor,
-        mask: Tensor | None,
-        bbox_embed: nn.Module,
+        self, memory: Tensor, mask: Tensor, position: nn.Module, bbox_embed: nn.Module,
         denoising: DenoisingQueries | None,
-    ) -> tuple[Tensor, Tensor]:
-        """memory and pos [B, N, D] -> (normalised outputs [L, B, P + Q, D], boxes [L, B, P + Q, 4])."""
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """memory [B, D, h, w], mask [B, h, w] true where padded, position: the encoding of a mask
+        -> (normalised outputs [L, B, P + Q, D], boxes [L, B, P + Q, 4])."""
         batch = memory.shape[0]
+        pos = position(mask).to(memory.dtype).flatten(2).transpose(1, 2)
+        cells = _cell_centres(mask)
+        memory = memory.flatten(2).transpose(1, 2)
         tgt = self.content.expand(batch, -1, -1)
         anchors = self.anchors.sigmoid().expand(batch, -1, -1)
         self_mask = None
@@ -178,20 +191,26 @@ class AnchorDecoder(nn.Module):
             anchors = torch.cat([denoising.boxes.to(anchors.dtype), anchors], 1)
             slots = denoising.labels.shape[1] // denoising.groups
             self_mask = denoising_mask(len(self.content), denoising.groups, slots, memory.device)
+        elif self.training:
+            tgt = tgt + 0 * self.label_embed.weight.sum()  # every worker's graph holds every parameter
         outputs, boxes = [], []
-        for i, layer in enumerate(self.layers):
-            sine = sine_of_boxes(anchors, self.dim // 2).to(memory.dtype)
-            query_pos = self.box_position(sine)
-            centre = sine[..., : self.dim]
-            if i > 0:
-                centre = centre * self.content_scale(tgt)
-            tgt = layer(tgt, query_pos, centre, memory, pos, mask, self_mask)
+        for layer in self.layers:
+            query_pos = self.box_position(sine_of_boxes(anchors, self.dim // 2).to(memory.dtype))
+            tgt = layer(tgt, query_pos, anchors, memory, pos, cells, self_mask)
             normed = self.norm(tgt)
             box = (bbox_embed(normed).float() + inverse_sigmoid(anchors)).sigmoid()
             outputs.append(normed)
             boxes.append(box)
             anchors = box.detach()
         return torch.stack(outputs), torch.stack(boxes)
+
+
+def _cell_centres(mask: Tensor) -> Tensor:
+    """Centres of the unpadded cells as x, y in 0..1 of the unpadded part, [B, h * w, 2]; far away where padded."""
+    valid = ~mask
+    y = (valid.cumsum(1) - 0.5) / valid.sum(1, keepdim=True).clamp(min=1)
+    x = (valid.cumsum(2) - 0.5) / valid.sum(2, keepdim=True).clamp(min=1)
+    return torch.stack([x, y], -1).masked_fill(mask[..., None], 1e3).flatten(1, 2)
 
 
 def _grid_of_anchors(number: int) -> Tensor:

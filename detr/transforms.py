@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 
+from detr.config import ModelConfig
+
 Target = dict[str, Any]
 
 
@@ -69,6 +71,12 @@ def resized_size(width: int, height: int, size: int, max_size: int | None = None
     if width < height:
         return size, int(size * height / width)
     return int(size * width / height), size
+
+
+def input_size(config: ModelConfig, width: int, height: int) -> tuple[int, int]:
+    """(width, height) at which the model sees an image of this size."""
+    size = config.image_size if config.upscale else min(config.image_size, width, height)
+    return resized_size(width, height, size, config.image_max_size)
 
 
 def resize_to(image: Image.Image, target: Target, size: tuple[int, int]) -> tuple[Image.Image, Target]:
@@ -134,7 +142,10 @@ TRAIN_SIZES = tuple(range(480, 801, 32))
 def augment_detr(
     image: Image.Image, target: Target, rng: np.random.Generator, max_size: int
 ) -> tuple[Image.Image, Target]:
-    """The published training recipe: flip, then resize, or resize, crop and resize."""
+    """The published training recipe: flip, then resize, or resize, crop and resize.
+
+    As published, sizes are those of 800-pixel training whatever the model's own input size.
+    """
     if rng.random() < 0.5:
         image, target = hflip(image, target)
     if rng.random() < 0.5:

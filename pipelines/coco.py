@@ -10,6 +10,7 @@ import json
 import math
 import os
 import posixpath
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,9 +138,12 @@ def split_train(
     Raises UserError (exit code 1) when there are fewer than two different images.
     """
     paths = [safe_join(images_root, image["file_name"]) for image in coco.images]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         looks = pool.map(lambda path: _look(path, max_pixels), paths)
         digests, thumbnails = zip(*track(looks, "Looking for near-duplicates", len(paths)), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not read first
 
     wanted = max(1, round(fraction * len(paths)))
     for groups in (_alike(digests, thumbnails), _alike(digests, [None] * len(digests))):
@@ -362,7 +366,7 @@ def _look(path: Path, max_pixels: int) -> tuple[str, np.ndarray | None]:
     return hashlib.sha256(data).hexdigest(), np.asarray(small, np.int16).ravel()
 
 
-def _alike(digests: tuple[str, ...], thumbnails: list[np.ndarray | None]) -> list[list[int]]:
+def _alike(digests: Sequence[str], thumbnails: Sequence[np.ndarray | None]) -> list[list[int]]:
     """Indices grouped by equal digest, or average hashes 2 bits and thumbnails 3 grey levels apart."""
     parent = list(range(len(digests)))
 

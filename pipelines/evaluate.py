@@ -32,17 +32,8 @@ DETECTIONS = pa.schema(
 )
 
 
-def read_split(dataset_folder: Path | str, split: str, columns: list[str] | None = None) -> pa.Table:
-    """The rows of a split, in order of image_id; columns None reads them all, the images too.
-
-    Raises UserError where the folder holds no dataset or no such split.
-    """
-    shards = split_shards(dataset_folder, split)
-    return pa.concat_tables(pq.read_table(shard, columns=columns) for shard in shards)
-
-
 def split_shards(dataset_folder: Path | str, split: str) -> list[str]:
-    """Paths of the Parquet shards of a split. Raises UserError as `read_split`."""
+    """Paths of a split's Parquet shards. Raises UserError where there is no dataset or no such split."""
     folder = Path(dataset_folder)
     if not (folder / "dataset.json").is_file():
         raise UserError(f"{folder} holds no dataset.json; make a dataset with the ingest command.", 2)
@@ -81,6 +72,7 @@ def coco_truth(rows: pa.Table | Iterable[dict[str, Any]], categories: list[dict[
                     "bbox": [float(value) for value in box],
                     "area": float(box[2] * box[3] if area is None else area),
                     "iscrowd": int(annotation["iscrowd"]),
+                    "reject": annotation.get("reject"),
                 }
             )
     names = [{"id": category["id"], "name": category["name"]} for category in categories]
@@ -197,21 +189,26 @@ def evaluate(
 
     Writes detections.parquet (one row per image, all queries) and metrics.json (everything
     `coco_metrics` returns) into folder, and returns the twelve numbers, AP per class, the best F1, the
-    files and the speed. Raises UserError where checkpoint and dataset disagree on the categories,
-    RuntimeError where not every image was scored exactly once or one cannot be decoded.
+    split's digest, the files, and the speed of decoding and detecting (without the start of the actor).
+    Raises UserError where checkpoint and dataset disagree on the categories, RuntimeError where not every
+    image was scored exactly once or one cannot be decoded.
     """
     import ray
+
+    from pipelines.feed import read_split
 
     shards = split_shards(dataset_folder, split)
     dataset = read_json(Path(dataset_folder) / "dataset.json")
     categories = dataset["categories"]
     _check_categories(checkpoint, categories, dataset_folder)
-    rows = read_split(dataset_folder, split, ["image_id", "file_name", "width", "height", "annotations"])
+    rows = read_split(Path(dataset_folder), split, ["image_id", "file_name", "width", "height", "annotations"])
 
     use_gpu = settings.train.use_gpu
     if use_gpu is None:
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    stream = ray.data.read_parquet(shards, columns=["image_id", "file_name", "image"]).map_batches(
+    images = ray.data.read_parquet(shards, columns=["image_id", "file_name", "image"])
+    # A block is what comes back at once: a few batches, so that the bar moves within a shard.
+    stream = images.repartition(target_num_rows_per_block=2 * settings.evaluate.batch_size).map_batches(
         DetectShard,
         fn_constructor_args=(str(checkpoint), "cuda" if use_gpu else "cpu", settings.evaluate.batch_size,
                              settings.ingest.max_pixels),
@@ -221,14 +218,13 @@ def evaluate(
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
     )  # fmt: skip
-    started = time.monotonic()
-    tables = [DETECTIONS.empty_table()]
+    tables, seconds = [DETECTIONS.empty_table()], 0.0
     with progress() as bar:
         task = bar.add_task(f"evaluate {split}", total=rows.num_rows, note="")
         for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             tables.append(batch.select(DETECTIONS.names).cast(DETECTIONS))
+            seconds += pc.sum(batch["seconds"]).as_py()
             bar.advance(task, batch.num_rows)
-    seconds = time.monotonic() - started
     detections = pa.concat_tables(tables).sort_by("image_id")
     check_ids(detections["image_id"].to_pylist(), rows["image_id"].to_pylist(), split)
 
@@ -250,15 +246,16 @@ def evaluate(
         **numbers,
         "per_class": [{key: c[key] for key in ("name", "id", "AP", "AP50")} for c in metrics["per_class"]],
         "split": split,
+        "split_digest": dataset["splits"][split]["digest"],
         "images": rows.num_rows,
-        "images_per_second": round(rows.num_rows / seconds, 2),
+        "images_per_second": round(rows.num_rows / seconds, 2) if seconds else None,
         "detections": str(folder / "detections.parquet"),
         "metrics": str(folder / "metrics.json"),
     }
 
 
 class DetectShard:
-    """Ray Data actor: batches of encoded images -> rows of detections (DETECTIONS)."""
+    """Ray Data actor: batches of encoded images -> rows of detections (DETECTIONS) and `seconds` spent on each."""
 
     def __init__(self, checkpoint: str, device: str, batch_size: int, max_pixels: int):
         import torch
@@ -266,30 +263,38 @@ class DetectShard:
         from pipelines.detect import Detector
 
         torch.set_num_threads(os.cpu_count() or 1)  # the one actor has the machine; Ray tells it one thread
-        self.detector = Detector(checkpoint, device=device, batch_size=batch_size)
+        self.detector = Detector.load(checkpoint, batch_size, device)
         self.max_pixels = max_pixels
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        from detr.transforms import ImageError, decode_image
+        return detect_rows(self.detector, batch, self.max_pixels)
 
-        images = []
-        names = batch["file_name"].to_pylist()
-        for name, data in zip(names, batch["image"].to_pylist(), strict=True):
-            try:
-                images.append(decode_image(data, self.max_pixels))
-            except ImageError as error:  # ingest decoded it, so this is no mere bad input
-                raise RuntimeError(f"Image {name!r} can no longer be decoded: {error}") from error
-        found = self.detector.detect(images)
-        return pa.table(
-            [
-                batch["image_id"].combine_chunks(),
-                pa.array(names, pa.string()),
-                pa.array([list(f["boxes"]) for f in found], DETECTIONS.field("boxes").type),
-                pa.array([f["scores"] for f in found], DETECTIONS.field("scores").type),
-                pa.array([f["labels"] for f in found], DETECTIONS.field("labels").type),
-            ],
-            schema=DETECTIONS,
-        )
+
+def detect_rows(detector: "Detector", rows: pa.Table, max_pixels: int) -> pa.Table:
+    """Shard rows (image_id, file_name, image) -> a row of detections (DETECTIONS) for each.
+
+    Raises RuntimeError for an image that can no longer be decoded: ingest did decode it.
+    """
+    from detr.transforms import ImageError, decode_image
+
+    images = []
+    names = rows["file_name"].to_pylist()
+    for name, data in zip(names, rows["image"].to_pylist(), strict=True):
+        try:
+            images.append(decode_image(data, max_pixels))
+        except ImageError as error:
+            raise RuntimeError(f"Image {name!r} can no longer be decoded: {error}") from error
+    found = detector.detect(images)
+    return pa.table(
+        [
+            rows["image_id"].combine_chunks(),
+            pa.array(names, pa.string()),
+            pa.array([list(f["boxes"]) for f in found], DETECTIONS.field("boxes").type),
+            pa.array([f["scores"] for f in found], DETECTIONS.field("scores").type),
+            pa.array([f["labels"] for f in found], DETECTIONS.field("labels").type),
+        ],
+        schema=DETECTIONS,
+    )
 
 
 def check_ids(seen: list[int], expected: list[int], split: str) -> None:

@@ -6,11 +6,11 @@ only the shards without a note. `dataset.json` is written last.
 """
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,12 @@ SCHEMA = pa.schema(
     ]
 )
 REJECTS = pa.schema(
-    [("split", pa.string()), ("file_name", pa.string()), ("annotation_id", pa.int64()), ("reason", pa.string())]
+    [
+        ("split", pa.string()),
+        ("file_name", pa.string()),
+        ("annotation_id", pa.int64()),  # null for a whole image
+        ("reason", pa.string()),
+    ]
 )
 
 
@@ -80,10 +85,10 @@ def source(settings: RunSettings, path: Path) -> Source:
     """
     data, path = settings.data, Path(path)
     if not path.is_dir():
-        raise UserError(f"There is no folder {path}; data.path must name a folder with images and COCO files.", 2)
+        raise UserError(f"There is no folder {path}; data.path must name one with images and COCO files.", 2)
     images = path / data.images
     if not images.is_dir():
-        raise UserError(f"There is no images folder {images}; set data.images to its path relative to {path}.", 2)
+        raise UserError(f"There is no images folder {images}; set data.images to its name in {path}.", 2)
 
     files: dict[str, CocoFile] = {}
     for split in ("train", "val", "test"):
@@ -133,21 +138,19 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
     plans = list(_plans(settings, source, files))
     done = _run(plans, folder, sum(len(file.images) for file in files.values()))
 
-    rejects = [
+    annotations_lost = [
         {"split": split, "file_name": name, "annotation_id": annotation_id, "reason": reason}
         for split, file in files.items()
         for name, annotation_id, reason in file.rejects
     ]
-    rejected_annotations = len(rejects)
     splits: dict[str, dict] = {}
-    lost: dict[str, list[dict]] = {}
+    images_lost: list[dict] = []
     for split, file in files.items():
         mine = [result for plan, result in zip(plans, done, strict=True) if plan["split"] == split]
         splits[split] = _split_record(mine, len(file.categories), file.path.name)
-        lost[split] = [{**reject, "split": split} for result in mine for reject in result["rejects"]]
+        images_lost += [{"split": split, **reject} for result in mine for reject in result["rejects"]]
         _check_sums(split, file, mine)
-    images_lost = [reject for split in lost for reject in lost[split]]
-    pq.write_table(pa.Table.from_pylist(images_lost + rejects, REJECTS), folder / "rejects.parquet")
+    pq.write_table(pa.Table.from_pylist(images_lost + annotations_lost, REJECTS), folder / "rejects.parquet")
 
     _check_rejected(settings, files, splits, images_lost, folder)
     categories = files["train"].categories
@@ -158,11 +161,11 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
         "categories": categories,
         "splits": splits,
         "rejected_images": len(images_lost),
-        "rejected_annotations": rejected_annotations,
+        "rejected_annotations": len(annotations_lost),
         "source": {"path": str(source.path.resolve()), "images": str(source.images.resolve())},
     }
     write_json(folder / "dataset.json", dataset)
-    _tell(dataset, files, folder)
+    _tell(dataset, source, folder)
     return {
         "name": source.name,
         "digest": dataset["digest"],
@@ -170,7 +173,7 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
         "images": {split: record["images"] for split, record in splits.items()},
         "boxes": {split: record["boxes"] for split, record in splits.items()},
         "rejected_images": len(images_lost),
-        "rejected_annotations": rejected_annotations,
+        "rejected_annotations": len(annotations_lost),
     }
 
 
@@ -190,9 +193,19 @@ def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
         if former["plan"] == fingerprint and former["bytes"] == path.stat().st_size and not former["rejects"]:
             return former
 
-    result: dict[str, Any] = {"format": FORMAT, "plan": fingerprint, "path": plan["path"], "rows": 0, "bytes": 0}
-    result |= {"boxes": 0, "per_class": [0] * len(plan["labels"]), "max_objects": 0, "annotations": 0}
-    result |= {"digests": [], "rejects": []}
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "plan": fingerprint,
+        "path": plan["path"],
+        "rows": 0,
+        "bytes": 0,
+        "boxes": 0,
+        "per_class": [0] * len(plan["labels"]),
+        "max_objects": 0,
+        "annotations": 0,
+        "digests": [],
+        "rejects": [],
+    }
     labels = {category_id: label for label, category_id in enumerate(plan["labels"])}
     part = path.with_name(f".{path.name}.part")
     # No compression: images are compressed already, and the rest is small.
@@ -202,7 +215,7 @@ def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
         for record in plan["images"]:
             row = _row(record, labels, plan["max_pixels"])
             if isinstance(row, str):
-                result["rejects"].append({"file_name": record["file_name"], "annotation_id": None, "reason": row})
+                result["rejects"].append({"file_name": record["file_name"], "reason": row})
                 continue
             rows.append(row)
             _count(result, row)
@@ -308,7 +321,9 @@ def _row(record: dict[str, Any], labels: dict[int, int], max_pixels: int) -> dic
 def _orientation(data: bytes) -> int:
     """The EXIF orientation, 1 (as stored) where there is none or it makes no sense."""
     try:
-        value = Image.open(io.BytesIO(data)).getexif().get(ORIENTATION)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about damaged EXIF, of an image that is fine otherwise
+            value = Image.open(io.BytesIO(data)).getexif().get(ORIENTATION)
     except Exception:  # noqa: BLE001 - damaged EXIF raises anything; the pixels were decoded all the same
         value = None
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -332,7 +347,7 @@ def _split_record(shards: list[dict], classes: int, annotations_file: str) -> di
         "boxes": sum(shard["boxes"] for shard in shards),
         "per_class": [sum(shard["per_class"][label] for shard in shards) for label in range(classes)],
         "max_objects": max(shard["max_objects"] for shard in shards),
-        "shards": [{key: shard[key] for key in ("path", "rows", "bytes")} for shard in shards if shard["rows"]],
+        "shards": [{k: shard[k] for k in ("path", "rows", "bytes")} for shard in shards if shard["rows"]],
         "annotations_file": annotations_file,
     }
 
@@ -340,13 +355,17 @@ def _split_record(shards: list[dict], classes: int, annotations_file: str) -> di
 def _check_sums(split: str, file: CocoFile, shards: list[dict]) -> None:
     """Images and annotations in = in shards + rejected. Anything else is a fault of ours."""
     lost = {reject["file_name"] for shard in shards for reject in shard["rejects"]}
-    rows = sum(shard["rows"] for shard in shards)
-    assert rows + len(lost) == len(file.images), f"{split}: {len(file.images)} images in, {rows} and {len(lost)} out"
     kept = [file.annotations_by_image[image["id"]] for image in file.images if image["file_name"] not in lost]
-    annotations = sum(shard["annotations"] for shard in shards)
-    assert annotations == sum(map(len, kept)), f"{split}: {annotations} annotations out, {sum(map(len, kept))} in"
-    boxes = sum(a["reject"] is None for rows in kept for a in rows)
-    assert boxes == sum(shard["boxes"] for shard in shards), f"{split}: boxes were lost"
+    sums = {
+        "images": (len(file.images) - len(lost), sum(shard["rows"] for shard in shards)),
+        "annotations": (sum(map(len, kept)), sum(shard["annotations"] for shard in shards)),
+        "boxes": (
+            sum(annotation["reject"] is None for annotations in kept for annotation in annotations),
+            sum(shard["boxes"] for shard in shards),
+        ),
+    }
+    for what, (expected, written) in sums.items():
+        assert written == expected, f"{split}: {expected} {what} to write, {written} written"
 
 
 def _check_rejected(
@@ -401,12 +420,13 @@ def _listing(images: Path, files: dict[str, CocoFile]) -> str:
     return total.hexdigest()
 
 
-def _tell(dataset: dict[str, Any], files: dict[str, CocoFile], folder: Path) -> None:
-    parts = [f"{split} {record['images']} images, {record['boxes']} boxes" for split, record in dataset["splits"].items()]
-    text = f"Dataset {dataset['name']} ({len(dataset['categories'])} classes): {'; '.join(parts)}."
-    if "val" not in files or files["val"].path == files["train"].path:
+def _tell(dataset: dict[str, Any], source: Source, folder: Path) -> None:
+    splits = dataset["splits"].items()
+    counts = "; ".join(f"{split} {part['images']} images, {part['boxes']} boxes" for split, part in splits)
+    text = f"Dataset {dataset['name']} ({len(dataset['categories'])} classes): {counts}."
+    if "split" in source.inputs:
         text += " Val was split off train."
-    clamped = sum(file.clamped for file in files.values())
+    clamped = sum(file.clamped for file in source.files.values())
     if clamped:
         text += f" {clamped} boxes reached over the image's edge and were cut there."
     if dataset["rejected_images"] or dataset["rejected_annotations"]:

@@ -8,6 +8,7 @@ machine in column `path`. Output: a row per image with `boxes` (xyxy in pixels o
 `scores`, `category_ids` and `category_names`, best first, and `status`: "ok", or why the image could not
 be read.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,7 +23,7 @@ class DetectionModel(mlflow.pyfunc.PythonModel):
     def load_context(self, context) -> None:
         from pipelines.detect import Detector
 
-        self.detector = Detector(context.artifacts["checkpoint"])
+        self.detector = Detector.load(context.artifacts["checkpoint"])
 
     def predict(self, context, model_input: pandas.DataFrame, params: dict | None = None) -> pandas.DataFrame:
         from detr.transforms import ImageError, decode_image

@@ -4,6 +4,7 @@ A version is its weights, its label map and the code that runs them; tags on it 
 which data, and every verdict on it. The alias `champion` is moved last, so that a crash leaves the old
 champion standing.
 """
+
 from __future__ import annotations
 
 import getpass
@@ -32,14 +33,16 @@ from pipelines.tracking import Tracker
 CHAMPION = "champion"
 FILES = ("model.safetensors", "config.json")  # what makes a checkpoint, each with its digest as a tag
 PACKAGED = ("__init__.py", "detect.py")  # of pipelines/; the detector needs no more
-REQUIREMENTS = ("mlflow", "torch", "torchvision", "scipy", "safetensors", "pydantic", "pillow", "numpy", "pandas")
+REQUIREMENTS = (
+    "mlflow", "torch", "torchvision", "scipy", "safetensors", "pydantic", "pillow", "numpy", "pandas",
+)  # fmt: skip
 LEASE_SECONDS = 300
 
 
 def registered_name(settings: RunSettings, dataset_name: str) -> str:
     """The registered model's name: tracking.model_name or the dataset's, without what MLflow refuses."""
     name = settings.tracking.model_name or dataset_name
-    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "detector"
+    return re.sub(r"[^\w-]+", "-", name, flags=re.ASCII).strip("-") or "detector"
 
 
 def register(
@@ -54,8 +57,8 @@ def register(
     """Make the checkpoint a version of `model_name`, or find the version it already is.
 
     evaluation: what `evaluate` returned ("AP" and "split" of it), with "split_digest", the digest of that
-    split's content. Returns {"name", "version", "uri", "run_id", "weights_sha256", "reused"}. Raises UserError
-    if the folder is no checkpoint.
+    split's content. Returns {"name", "version", "uri", "run_id", "weights_sha256", "reused"}. Raises
+    UserError if the folder is no checkpoint.
     """
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
@@ -188,7 +191,7 @@ def download(tracker: Tracker, model_uri: str, folder: Path) -> tuple[Path, str,
     if alias:
         found = _alias(tracker, name, alias)
         if found is None:
-            raise UserError(f"MLflow at {tracker.uri} has no model {name!r} with the alias {alias!r}.", 2)
+            raise UserError(f"MLflow at {tracker} has no model {name!r} with the alias {alias!r}.", 2)
     else:
         found = _version(tracker, name, number)
     place = _fetch(tracker, found, Path(folder))
@@ -413,7 +416,7 @@ def _move_champion(tracker: Tracker, name: str, version: str) -> None:
     tracker.client().set_registered_model_alias(name, CHAMPION, version)
     now = champion(tracker, name)
     if now is None or now["version"] != version:
-        raise UserError(f"MLflow took the alias {CHAMPION!r} for version {version} of {name!r} but does not show it.")
+        raise UserError(f"MLflow took version {version} of {name!r} as {CHAMPION} but does not show it; try again.")
 
 
 def _version(tracker: Tracker, name: str, version: str):
@@ -424,7 +427,7 @@ def _version(tracker: Tracker, name: str, version: str):
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise UserError(f"MLflow at {tracker.uri} has no version {version} of a model {name!r}.", 2) from error
+        raise UserError(f"MLflow at {tracker} has no version {version} of {name!r}.", 2) from error
 
 
 def _alias(tracker: Tracker, name: str, alias: str):
@@ -489,7 +492,7 @@ def _lease(tracker: Tracker, name: str, create: bool = False) -> Iterator[None]:
             with _tag_lease(client, name):
                 yield
     except Timeout as error:
-        raise UserError(f"Somebody else is changing {name!r} in the registry; try again in a minute.") from error
+        raise UserError(f"Somebody else is changing model {name!r}; try again in a minute.") from error
 
 
 @contextmanager

@@ -77,17 +77,19 @@ def write_sample(settings: SampleSettings, folder: Path) -> dict:
         return split, image.size, objects
 
     _photographs(), _digits(settings.seed)  # before the threads, so that they are loaded once
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         for split, size, objects in track(pool.map(make, jobs), "Drawing images", len(jobs)):
             made[split].append((size, objects))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not drawn first
 
     result = {split: _coco(split, made[split], info) for split in counts}
     for split, coco in result.items():
         write_json(paths[split], coco)
     summary = _summary(folder, result)
-    console.print(
-        f"Made {sum(summary['images'].values())} images with {sum(summary['boxes'].values())} boxes in {folder}."
-    )
+    total = {what: sum(summary[what].values()) for what in ("images", "boxes")}
+    console.print(f"Made {total['images']} images with {total['boxes']} boxes in {folder}.")
     return summary
 
 
@@ -172,14 +174,12 @@ def _colour(rng: np.random.Generator, place: np.ndarray, alpha: np.ndarray) -> n
     """A random colour that can be seen on the place [h, w, 3]; the better of black and white at need."""
     weights = np.array([0.299, 0.587, 0.114], np.float32)
     under = (place @ weights)[alpha > INK]
-    low, high = np.percentile(under, (10, 90))
+    mean = under.mean()
+    wanted = max(CONTRAST, CONTRAST / 2 + 1.3 * under.std())  # more on a busy background
     for colour in rng.uniform(0, 255, (16, 3)).astype(np.float32):
-        light = colour @ weights
-        if light > high + CONTRAST / 2 and light > under.mean() + CONTRAST:
+        if abs(colour @ weights - mean) > wanted:
             return colour
-        if light < low - CONTRAST / 2 and light < under.mean() - CONTRAST:
-            return colour
-    return np.full(3, 0 if under.mean() > 127 else 255, np.float32)
+    return np.full(3, 0 if mean > 127 else 255, np.float32)
 
 
 def _apart(a: list[int], b: list[int]) -> bool:
@@ -218,10 +218,11 @@ def _read_own(path: Path) -> dict:
     """An annotation file of an earlier write_sample; UserError for anybody else's."""
     try:
         coco = read_json(path)
-        if coco["info"]["description"] == DESCRIPTION:
-            return coco
+        own = coco["info"]["description"] == DESCRIPTION
     except (ValueError, KeyError, TypeError):
-        pass  # not ours, said below
+        own = False
+    if own:
+        return coco
     raise UserError(f"{path} belongs to another dataset; give the built-in images an empty folder.", 2)
 
 

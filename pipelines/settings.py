@@ -90,6 +90,7 @@ class AugmentSettings(Settings):
     recipe: Literal["detr", "light", "none"] = Field(
         "light", description="detr: as published; light: flips, scale and crop, colour; none: resize only"
     )
+    horizontal_flip: bool = Field(True, description="mirror left and right; not for text or digits")
     vertical_flip: bool = Field(False, description="also flip upside down; for images without an up")
     scale: float = Field(0.3, ge=0, lt=1, description="light: sizes vary by up to this share")
     colour: float = Field(0.2, ge=0, lt=1, description="light: brightness and contrast vary by up to this share")
@@ -134,6 +135,7 @@ class SweepSettings(Settings):
         description="settings by name and the values to try; trial 0 is always the present settings",
     )
     max_concurrent: int = Field(1, gt=0)
+    min_gain: float = Field(0.01, ge=0, description="AP a trial must gain over the present settings to be taken")
 
     @field_validator("budget")
     @classmethod

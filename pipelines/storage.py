@@ -2,9 +2,11 @@
 
 Credentials, region and endpoint of S3 come from the usual AWS_* variables.
 """
+
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -18,8 +20,8 @@ def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
 
     Raises UserError (exit code 2) where there is nothing, the bucket is missing, or access is denied.
     """
-    fs, path = locate(uri)
     try:
+        fs, path = locate(uri)
         info = fs.get_file_info(path)
     except OSError as error:
         raise UserError(f"{uri} cannot be read: {explain(error)}", 2) from error
@@ -42,14 +44,14 @@ def locate(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     path = rest.strip("/")
     if not path:
         raise UserError(f"{text} names no bucket; write s3://BUCKET/PREFIX.", 2)
-    return _s3(), path
+    return _s3(path.partition("/")[0]), path
 
 
 def explain(error: OSError) -> str:
     """What an error of a file system means, in a sentence."""
     text = " ".join(str(error).split())
-    if "ACCESS_DENIED" in text or "AccessDenied" in text or "HTTP status 403" in text or "HTTP status 401" in text:
-        return "access is denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may read."
+    if is_denied(error):
+        return "access is denied; check who may read it (on S3, the AWS_* variables)."
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
         return "there is no such bucket."
     if "NETWORK_CONNECTION" in text or "curlCode" in text:
@@ -57,11 +59,22 @@ def explain(error: OSError) -> str:
     return text.rstrip(".") + "."
 
 
-def _s3() -> pafs.S3FileSystem:
+def is_denied(error: OSError) -> bool:
+    """Whether the error says that the file or bucket is there, but not for us."""
+    text = str(error)
+    return isinstance(error, PermissionError) or any(
+        mark in text for mark in ("ACCESS_DENIED", "AccessDenied", "HTTP status 403", "HTTP status 401")
+    )
+
+
+@lru_cache(maxsize=8)
+def _s3(bucket: str) -> pafs.S3FileSystem:
     options = {}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
         parts = urlsplit(endpoint)
         options = {"endpoint_override": parts.netloc, "scheme": parts.scheme}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return pafs.S3FileSystem(region=region or "us-east-1", connect_timeout=10, request_timeout=60, **options)
+    if not region:
+        region = "us-east-1" if endpoint else pafs.resolve_s3_region(bucket)
+    return pafs.S3FileSystem(region=region, connect_timeout=10, request_timeout=60, **options)

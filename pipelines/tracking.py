@@ -3,6 +3,7 @@
 Every call goes through a client made for one URI: no active run, no global tracking URI. A `Tracker` is
 three strings, so a Ray worker can be handed one.
 """
+
 from __future__ import annotations
 
 import json
@@ -42,17 +43,17 @@ def tracker(settings: RunSettings, store: Path, dataset_name: str) -> Tracker:
         root.mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{root / 'mlflow.db'}"
     elif uri.startswith(("http://", "https://")):
-        _check_server(uri)
         root = None  # the server knows where its artifacts are
     elif "://" not in uri:
-        raise UserError(
-            f"tracking.uri is {uri!r}; write it as http(s)://…, sqlite:///… or postgresql://….", 2
-        )
-    return Tracker(
+        raise UserError(f"tracking.uri is {uri!r}; write it as http(s)://…, sqlite:///… or postgresql://….", 2)
+    made = Tracker(
         uri=uri,
         experiment=settings.tracking.experiment or dataset_name,
         artifact_root=(root / "mlartifacts").as_uri() if root else None,
     )
+    if root is None:
+        _check_server(made)
+    return made
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class Tracker:
     def client(self) -> MlflowClient:
         """The MLflow client for this URI (one per process)."""
         return _client(self.uri)
+
+    def __str__(self) -> str:
+        return re.sub(r"//[^/@]*@", "//", self.uri)  # without a password
 
     def experiment_id(self) -> str:
         """The experiment's id; it is made when there is none yet. Raises UserError if it was deleted."""
@@ -232,15 +236,15 @@ def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def _check_server(uri: str) -> None:
+def _check_server(server: Tracker) -> None:
     """Fail in seconds where MLflow's own client would retry for minutes."""
-    parts = urlsplit(uri)
+    parts = urlsplit(server.uri)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname or "", port), timeout=10).close()
     except OSError as error:
         raise UserError(
-            f"No MLflow server answers at {uri} ({error}); start it, or leave tracking.uri out "
+            f"No MLflow server answers at {server} ({error}); start it, or leave tracking.uri out "
             "to keep runs in the store."
         ) from error
 

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipelines.evaluate import (
     DETECTIONS,
@@ -13,10 +14,12 @@ from pipelines.evaluate import (
     coco_metrics,
     coco_truth,
     detections_to_coco,
+    evaluate,
     match_detections,
-    read_split,
+    split_shards,
 )
-from pipelines.settings import UserError
+from pipelines.settings import UserError, load_settings
+from pipelines.stage import write_json
 
 TWELVE = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
@@ -254,15 +257,84 @@ def test_every_image_is_scored_once():
         check_ids([1, 2, 2, 9], [1, 2, 3], "val")
 
 
-def test_read_split_reads_the_shards_the_dataset_names(tmp_path):
-    for at in range(2):
-        rows = {"image_id": [at * 2, at * 2 + 1], "image": [b"x", b"y"]}
-        pq.write_table(pa.table(rows), tmp_path / f"val-{at}.parquet")
-    pq.write_table(pa.table({"image_id": [99], "image": [b"z"]}), tmp_path / "val-stale.parquet")
+def test_shards_are_those_the_dataset_names(tmp_path):
     shards = [{"path": f"val-{at}.parquet", "rows": 2, "bytes": 1} for at in range(2)]
     (tmp_path / "dataset.json").write_text(json.dumps({"format": 1, "splits": {"val": {"shards": shards}}}))
-    assert read_split(tmp_path, "val", ["image_id"]).to_pydict() == {"image_id": [0, 1, 2, 3]}
+    assert split_shards(tmp_path, "val") == [str(tmp_path / "val-0.parquet"), str(tmp_path / "val-1.parquet")]
     with pytest.raises(UserError, match="no split 'test'"):
-        read_split(tmp_path, "test")
+        split_shards(tmp_path, "test")
     with pytest.raises(UserError, match="no dataset"):
-        read_split(tmp_path / "elsewhere", "val")
+        split_shards(tmp_path / "elsewhere", "val")
+
+
+CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}]
+
+
+@pytest.fixture(scope="module")
+def small_dataset(tmp_path_factory):
+    """Five images of one size (so that none is padded in a batch) in two shards."""
+    folder = tmp_path_factory.mktemp("dataset")
+    random = np.random.default_rng(0)
+    rows = []
+    for image_id in range(11, 16):
+        data = io.BytesIO()
+        Image.fromarray(random.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(data, "PNG")
+        annotation = {"id": image_id, "category_id": 3, "bbox": [5.0, 5.0, 20.0, 20.0], "area": 400.0,
+                      "iscrowd": False, "reject": None}  # fmt: skip
+        rows.append({"image_id": image_id, "file_name": f"{image_id}.png", "image": data.getvalue(), "width": 64,
+                     "height": 48, "annotations": [annotation]})  # fmt: skip
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table.slice(0, 3), folder / "val-00000.parquet")
+    pq.write_table(table.slice(3), folder / "val-00001.parquet")
+    shards = [{"path": f"val-0000{at}.parquet", "rows": n, "bytes": 1} for at, n in enumerate((3, 2))]
+    splits = {"val": {"digest": "v1", "images": 5, "shards": shards}}
+    write_json(folder / "dataset.json", {"format": 1, "digest": "d1", "categories": CATEGORIES, "splits": splits})
+    return folder, rows
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory):
+    import torch
+
+    from detr.checkpoint import save_checkpoint
+    from detr.config import ModelConfig
+    from detr.model import DETR
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = {"preset": "tiny", "num_classes": 2, "num_queries": 7, "image_size": 64, "image_max_size": 96}
+    save_checkpoint(folder, DETR(ModelConfig.model_validate(config)), CATEGORIES)
+    return folder
+
+
+@pytest.mark.ray
+def test_evaluate_scores_every_image_as_the_detector_does(ray_cluster, small_dataset, small_checkpoint, tmp_path):
+    from detr.transforms import decode_image
+    from pipelines.detect import Detector
+
+    folder, rows = small_dataset
+    result = evaluate(load_settings(None, ["evaluate.batch_size=2"]), folder, small_checkpoint, "val", tmp_path)
+    table = pq.read_table(result["detections"])
+    assert table.schema == DETECTIONS
+    assert table["image_id"].to_pylist() == [11, 12, 13, 14, 15]
+    detector = Detector.load(small_checkpoint)
+    for row, found in zip(rows, table.to_pylist(), strict=True):
+        expected = detector.detect([decode_image(row["image"], 10**6)])[0]
+        assert found["file_name"] == row["file_name"] and found["labels"] == expected["labels"].tolist()
+        np.testing.assert_allclose(found["boxes"], expected["boxes"], atol=1e-2)
+        np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-4)
+    kept = json.loads((tmp_path / "metrics.json").read_text())
+    assert kept["format"] == 1 and kept["images"] == result["images"] == 5 and kept["dataset_digest"] == "d1"
+    again = coco_metrics(coco_truth(rows, CATEGORIES), detections_to_coco(table, CATEGORIES))
+    assert [kept[key] for key in TWELVE] == [result[key] for key in TWELVE] == [again[key] for key in TWELVE]
+    assert result["AP"] is not None and result["split_digest"] == "v1"
+    assert [c["AP"] is None for c in result["per_class"]] == [False, True]
+
+
+def test_a_checkpoint_for_other_categories_is_refused(small_dataset, tmp_path):
+    write_json(tmp_path / "config.json", {"categories": [CATEGORIES[0], {"id": 8, "name": "wolf"}]})
+    with pytest.raises(UserError, match=r"label 1 is \(8, 'wolf'\) and \(8, 'dog'\)"):
+        evaluate(load_settings(), small_dataset[0], tmp_path, "val", tmp_path)
+    write_json(tmp_path / "config.json", {"categories": CATEGORIES[:1]})
+    with pytest.raises(UserError, match="there are 1 and 2"):
+        evaluate(load_settings(), small_dataset[0], tmp_path, "val", tmp_path)

@@ -1,0 +1,52 @@
+"""`detr`: the commands, each a module of its own that is imported when it is called."""
+from __future__ import annotations
+
+import importlib
+
+import click
+
+COMMANDS = {
+    "pipeline": "Run all stages: images and labels in, promoted model, detections and report out.",
+    "sample": "Write the built-in COCO dataset.",
+    "ingest": "Check a COCO folder and write it as Parquet shards.",
+    "train": "Train a DETR on the shards.",
+    "sweep": "Try matching costs and loss weights, judged by AP.",
+    "evaluate": "Measure a checkpoint: the COCO numbers, AP per class.",
+    "register": "Put a checkpoint into the MLflow registry.",
+    "promote": "Make a version champion if it passes the gate.",
+    "predict": "Detect on one image, a folder, a bucket prefix or a list.",
+    "report": "Write the page about the last training.",
+}
+
+
+class LazyGroup(click.Group):
+    """Shows its commands without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"jobs.{name}").main
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(
+    cls=LazyGroup,
+    epilog="Example: detr pipeline data.path=path/to/coco",
+    context_settings={"max_content_width": 100},
+)
+def main() -> None:
+    """Object detection with DETR, from labelled images to a promoted model to detections over a bucket.
+
+    Every command takes settings as KEY=VALUE (such as train.budget='20 minutes') or from --config FILE. Exit codes:
+    0 done, 1 failed, 2 wrong use, 3 a gate refused.
+    """
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What every command shares: its options, its exit codes, Ray, and how a result is printed.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 a gate refused. Nothing heavy is imported before a command runs.
+"""
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+DONE, FAILED, WRONG_USE, GATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def job(example: str) -> Callable:
+    """Make a command of `work(settings, store, **own options) -> result`, with the shared options and exit codes.
+
+    work returns a JSON-like dict; its "exit_code", if any, is the command's, and its "text", if any, is what is
+    printed for people.
+    """
+
+    def decorate(work: Callable[..., dict[str, Any]]) -> click.Command:
+        @functools.wraps(work)
+        def command(config, store, as_json, print_settings, overrides, **own):
+            from pipelines.settings import UserError, load_settings
+
+            try:
+                settings = load_settings(config, overrides)
+                if print_settings:
+                    import yaml
+
+                    values = settings.model_dump(mode="json")
+                    click.echo(json.dumps(values) if as_json else yaml.safe_dump(values, sort_keys=False).rstrip())
+                    return
+                result = work(settings, Path(store), **own)
+            except UserError as error:
+                _fail(str(error), error.exit_code, as_json)
+            except KeyboardInterrupt:
+                _fail("Stopped. The same command goes on from here.", INTERRUPTED, as_json)
+            code = result.pop("exit_code", DONE)
+            text = result.pop("text", None)
+            if as_json:
+                click.echo(json.dumps({"exit_code": code, **result}, default=str))
+            elif text:
+                click.echo(text)
+            sys.stdout.flush()
+            sys.exit(code)
+
+        shared = [
+            click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
+            click.option("--config", metavar="FILE", help="Settings as YAML."),
+            click.option("--store", default="store", show_default=True, metavar="FOLDER",
+                         help="Where everything that is made is kept."),
+            click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON."),
+            click.option("--print-settings", is_flag=True, help="Print what the settings resolve to, and stop."),
+        ]  # fmt: skip
+        for option in reversed(shared):
+            command = option(command)
+        name = work.__module__.rsplit(".", 1)[-1] if work.__module__ != "__main__" else Path(sys.argv[0]).stem
+        return click.command(
+            name, help=work.__doc__, epilog=f"Example: {example}", context_settings={"max_content_width": 100}
+        )(command)
+
+    return decorate
+
+
+def _fail(message: str, code: int, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"exit_code": code, "error": message}))
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def ray_session(settings) -> Iterator[None]:
+    """Ray for the time of a command: started here, or the cluster of `cluster.address`."""
+    # Quiet: the stages say themselves what happens.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import logging
+
+    import ray
+
+    from pipelines.settings import UserError
+
+    options: dict[str, Any] = {"address": settings.cluster.address}
+    if settings.cluster.address == "local":
+        # A resumed Ray Data job starves with few CPUs, so there are at least six logical ones.
+        options |= {
+            "num_cpus": settings.cluster.num_cpus or max(6, os.cpu_count() or 1),
+            "include_dashboard": False,
+        }
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
+    except ConnectionError as error:
+        raise UserError(f"There is no Ray cluster at {settings.cluster.address}: {error}") from error
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def latest_checkpoint(settings, store: Path, data: dict[str, Any], given: str | None) -> tuple[Path, str | None]:
+    """The checkpoint a command works on, and its MLflow run: the one given, or the last trained in this store."""
+    from pipelines.settings import UserError
+    from pipelines.workflow import latest, step_download
+
+    if given is not None:
+        place = step_download(settings, store, data, given)[0]
+        return place, None
+    training = latest(store, "train")
+    if training is None:
+        raise UserError("Nothing has been trained in this store yet; run `detr train`, or give --checkpoint.", 2)
+    if training["inputs"]["dataset"] != data["result"]["digest"]:
+        raise UserError(
+            "The last training in this store was on another dataset; run `detr train` on this one, or give "
+            "--checkpoint.", 2,
+        )  # fmt: skip
+    return Path(training["folder"]) / "checkpoint", training["result"]["run_id"]

@@ -1,0 +1,45 @@
+"""Run all stages, from labelled images to a promoted model, detections and a report."""
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from jobs.common import INTERRUPTED, job, ray_session
+
+
+@job("detr pipeline data.path=path/to/coco")
+def main(settings, store: Path) -> dict:
+    """Run all stages; killed and started again it goes on, and what is done already is not done again."""
+    from pipelines.ingest import source
+    from pipelines.workflow import data_path, pipeline
+
+    source(settings, data_path(settings, store))  # what is wrong is said before Ray starts
+    with ray_session(settings):
+        try:
+            outcome = pipeline(settings, store)
+        except KeyboardInterrupt:
+            # The stages run in the workflow's threads; they end with the process and are taken up by the next start.
+            click.echo("Stopped. The same command goes on from here.", err=True)
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+    verdict, split = outcome["verdict"], "test" if "test" in outcome["AP"] else "val"
+    lines = [
+        f"AP {_show(outcome['AP'][split])}, AP50 {_show(outcome['AP50'][split])} on {split}.",
+        f"{'Promoted' if verdict['promoted'] else 'Refused'}: {verdict['reason']}",
+        f"Report:     {outcome['report']}",
+        f"Detections: {outcome['predictions'] or 'none, for want of a champion'}",
+        f"Checkpoint: {outcome['checkpoint']}",
+        f"MLflow:     mlflow ui --backend-store-uri {settings.tracking.uri or f'sqlite:///{store}/mlflow.db'}",
+    ]
+    return {**outcome, "text": "\n".join(lines)}
+
+
+def _show(value: float | None) -> str:
+    return "unknown (no ground truth)" if value is None else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    main()

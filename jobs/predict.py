@@ -1,0 +1,77 @@
+"""Detect on one image, a folder, a bucket prefix or a list."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from jobs.common import job, ray_session
+
+
+@click.option("--input", "images", metavar="FOLDER|s3://…|LIST|COCO", help="Images to detect on.")
+@click.option("--model", metavar="models:/NAME@champion|FOLDER", help="By default the champion for this dataset.")
+@click.option("--show", metavar="IMAGE", help="Detect on one image, without Ray, and write it with boxes drawn.")
+@click.option("--output", metavar="FILE", help="With --show: the picture to write; by default IMAGE.detections.png here.")
+@job("detr predict --input path/to/images --model models:/sample@champion")
+def main(
+    settings, store: Path, images: str | None, model: str | None, show: str | None, output: str | None
+) -> dict:
+    """Run a model over images and write a Parquet table of detections, or show it on one image."""
+    from pipelines.settings import UserError
+    from pipelines.workflow import find_model
+
+    if (images is None) == (show is None):
+        raise UserError("Give either --input FOLDER or --show IMAGE.", 2)
+    if show is not None:
+        return _show(settings, store, Path(show), model, output)
+    from pipelines.predict import list_images
+    from pipelines.workflow import predict_stage
+
+    list_images(images, settings)  # what is wrong is said before Ray starts
+    checkpoint, name, version = find_model(settings, store, model)
+    with ray_session(settings):
+        record = predict_stage(settings, store, images, checkpoint, name, version)
+    result = record["result"]
+    text = (
+        f"{result['ok']} of {result['images']} images, {sum(result['detections'].values())} detections, "
+        f"{result['rejected']} rejected: {record['folder']}"
+    )
+    return {**result, "folder": record["folder"], "reused": record["reused"], "text": text}
+
+
+def _show(settings, store: Path, path: Path, model: str | None, output: str | None) -> dict:
+    from detr.draw import draw_detections
+    from detr.transforms import ImageError, decode_image
+    from pipelines.detect import Detector
+    from pipelines.settings import UserError
+    from pipelines.workflow import find_model
+
+    if not path.is_file():
+        raise UserError(f"There is no image {path}.", 2)
+    checkpoint, name, version = find_model(settings, store, model)
+    try:
+        image = decode_image(path.read_bytes(), settings.predict.max_pixels)
+    except ImageError as error:
+        raise UserError(f"{path} cannot be used: {error}.") from error
+    detector = Detector.load(checkpoint)
+    threshold = settings.predict.score_threshold
+    threshold = detector.score_threshold if threshold is None else threshold
+    found = detector.detect([image])[0]
+    keep = found["scores"] >= threshold
+    boxes, scores = found["boxes"][keep], found["scores"][keep]
+    names = [detector.categories[label]["name"] for label in found["labels"][keep]]
+    target = Path(output) if output else Path(f"{path.stem}.detections.png")
+    draw_detections(image, boxes, names, scores).save(target)
+    detections = [
+        {"name": n, "score": round(float(s), 4), "box": [round(float(v), 1) for v in b]}
+        for n, s, b in zip(names, scores, boxes, strict=True)
+    ]
+    lines = [f"{d['name']} {d['score']:.2f} at {d['box']}" for d in detections] or ["Nothing found."]
+    return {
+        "image": str(path), "picture": str(target), "model": f"{name} version {version}",
+        "score_threshold": threshold, "detections": detections, "text": "\n".join([*lines, str(target)]),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Put a checkpoint into the MLflow registry."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from jobs.common import job, latest_checkpoint, ray_session
+
+
+@click.option("--checkpoint", metavar="FOLDER", help="By default the last one trained in this store.")
+@job("detr register")
+def main(settings, store: Path, checkpoint: str | None) -> dict:
+    """Put a checkpoint into the MLflow registry, evaluated on val first if need be."""
+    from pipelines.workflow import evaluate_stage, ingest_stage, register_stage, run_of
+
+    with ray_session(settings):
+        data = ingest_stage(settings, store)
+        place, run_id = latest_checkpoint(settings, store, data, checkpoint)
+        evaluation = evaluate_stage(settings, store, data, place, "val")
+        run_id = run_id or run_of(settings, store, data, place)
+        result = register_stage(settings, store, data, place, run_id, evaluation)["result"]
+    return {**result, "text": f"{result['uri']} (AP {evaluation['result']['AP'] or 0:.3f} on val)"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Write the page about the last training."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.common import job, latest_checkpoint, ray_session
+
+
+@job("detr report")
+def main(settings, store: Path) -> dict:
+    """Write one self-contained HTML page about the last training in this store."""
+    from pipelines.workflow import evaluate_stage, ingest_stage, latest, report_stage
+
+    with ray_session(settings):
+        data = ingest_stage(settings, store)
+        checkpoint, _ = latest_checkpoint(settings, store, data, None)
+        splits = [s for s in ("val", "test") if s in data["result"]["images"]]
+        evaluations = [evaluate_stage(settings, store, data, checkpoint, s) for s in splits]
+        training, predictions = latest(store, "train"), latest(store, "predict")
+        stages = [data, training, *evaluations, *filter(None, [predictions])]
+        record = report_stage(settings, store, data, stages, training, evaluations, None, predictions)
+    return {**record["result"], "reused": record["reused"], "text": record["result"]["report"]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Try matching costs and loss weights, judged by AP."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.common import job, ray_session
+
+
+@job("detr sweep sweep.trials=8 sweep.budget='2 minutes'")
+def main(settings, store: Path) -> dict:
+    """Try the settings of sweep.space for a short time each and keep the best by AP as a settings file."""
+    from pipelines.ingest import source
+    from pipelines.workflow import data_path, ingest_stage, sweep_stage
+
+    source(settings, data_path(settings, store))
+    with ray_session(settings):
+        record = sweep_stage(settings, store, ingest_stage(settings, store))
+    best = str(Path(record["folder"]) / "best.yaml")
+    return {**record["result"], "best_config": best, "reused": record["reused"], "text": best}
+
+
+if __name__ == "__main__":
+    main()

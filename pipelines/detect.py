@@ -1,0 +1,78 @@
+"""A loaded model over batches of images: the one engine that validation, evaluation, batch inference and
+the registered model share.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from detr.batch import normalise, pad_images
+from detr.checkpoint import load_checkpoint
+from detr.model import DETR
+from detr.postprocess import PostProcess
+from detr.transforms import input_size, resize_to, to_uint8
+
+SHAPE_STEP = 32  # batches are padded to multiples of this many pixels, so that few shapes occur
+
+
+class Detector:
+    """Detects on PIL images with a model in evaluation mode.
+
+    categories: {"id", "name"} in label order; score_threshold: the model's own.
+    """
+
+    def __init__(
+        self, model: DETR, categories: list[dict[str, Any]], score_threshold: float = 0.5, batch_size: int = 16,
+        device: str | torch.device = "cpu",
+    ):  # fmt: skip
+        self.device = torch.device(device)
+        self.model = model.eval().to(self.device)
+        self.model.backbone.to(memory_format=torch.channels_last)
+        self.categories = categories
+        self.score_threshold = score_threshold
+        self.batch_size = batch_size
+        self.postprocess = PostProcess(model.config.class_loss)
+
+    @classmethod
+    def load(cls, folder: Path | str, batch_size: int = 16, device: str | torch.device = "cpu") -> Detector:
+        """A detector from a checkpoint folder; raises CheckpointError."""
+        model, config = load_checkpoint(folder)
+        return cls(model, config["categories"], config["score_threshold"], batch_size, device)
+
+    def detect(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
+        """RGB images -> per image boxes float32 [N, 4] (xyxy, pixels of the image, clipped to it), scores
+        float32 [N], labels int64 [N]; by descending score, no threshold applied."""
+        # Images of like shape share a batch, so that little is padded; results keep the given order.
+        order = sorted(range(len(images)), key=lambda i: (images[i].height / images[i].width, i))
+        results: list[dict[str, np.ndarray]] = [{} for _ in images]
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            for i, found in zip(indices, self._detect_batch([images[i] for i in indices]), strict=True):
+                results[i] = found
+        return results
+
+    @torch.inference_mode()
+    def _detect_batch(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
+        config = self.model.config
+        resized = [to_uint8(resize_to(image, {}, input_size(config, *image.size))[0]) for image in images]
+        batch, sizes = pad_images(resized, SHAPE_STEP)
+        pixels, mask = normalise(batch.to(self.device), sizes.to(self.device))
+        outputs = self.model(pixels.contiguous(memory_format=torch.channels_last), mask)
+        original = torch.tensor([[image.height, image.width] for image in images], device=self.device)
+        results = []
+        for found, (height, width) in zip(self.postprocess(outputs, original), original.tolist(), strict=True):
+            order = found["scores"].argsort(descending=True, stable=True)
+            limit = torch.tensor([width, height, width, height], device=self.device)
+            boxes = torch.minimum(found["boxes"][order].clamp(min=0), limit)
+            results.append(
+                {
+                    "boxes": boxes.float().cpu().numpy(),
+                    "scores": found["scores"][order].float().cpu().numpy(),
+                    "labels": found["labels"][order].cpu().numpy(),
+                }
+            )
+        return results

@@ -1,0 +1,181 @@
+"""Shards -> augmented, padded batches, streamed by Ray Data.
+
+The training images are one endless stream: epoch after epoch, each a permutation of the dataset. Step s
+takes the images [s * global batch, (s + 1) * global batch), and worker r of n takes its n-th part. What a
+batch holds is a pure function of seed, dataset, step and worker, so that a resumed run sees what a straight
+run would have seen, and nothing is dropped at the end of an epoch.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from detr.batch import pad_images
+from detr.config import ModelConfig
+from detr.transforms import (
+    augment_detr,
+    augment_light,
+    boxes_to_targets,
+    decode_image,
+    input_size,
+    resize_to,
+    to_uint8,
+)
+from pipelines.detect import SHAPE_STEP
+from pipelines.settings import AugmentSettings
+from pipelines.stage import read_json
+
+SHUFFLE_SHARDS = 8  # rows are shuffled among this many shards at a time, so that few are open at once
+CHUNK_IMAGES = 64  # one task prepares about this many images
+
+
+@dataclass(frozen=True)
+class Feed:
+    """All that decides what worker `rank` of `workers` sees at each step."""
+
+    folder: str
+    shards: tuple[str, ...]
+    rows: tuple[int, ...]
+    model: ModelConfig
+    augment: AugmentSettings
+    max_pixels: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    workers: int = 1
+
+    @property
+    def images(self) -> int:
+        """Images per epoch."""
+        return sum(self.rows)
+
+    def steps_per_epoch(self) -> float:
+        return self.images / (self.batch_size * self.workers)
+
+    def indices(self, step: int) -> list[tuple[int, int]]:
+        """(epoch, row of the dataset) of each image of this worker's batch at a step."""
+        first = (step * self.workers + self.rank) * self.batch_size
+        positions = range(first, first + self.batch_size)
+        return [
+            (p // self.images, int(epoch_order(self.rows, self.seed, p // self.images)[p % self.images]))
+            for p in positions
+        ]
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of a step: `images` uint8 [B, 3, H, W], `sizes` [B, 2] (h, w), `counts` [B], `labels` [T],
+        `boxes` [T, 4] (cxcywh in 0..1), `image_ids` [B], `step` [1]."""
+        images, labels, boxes, ids = [], [], [], []
+        starts = np.cumsum((0, *self.rows))
+        for epoch, index in self.indices(step):
+            shard = int(np.searchsorted(starts, index, side="right")) - 1
+            row = _shard(self.folder, self.shards[shard]).slice(index - int(starts[shard]), 1)
+            # Each image draws from a generator of its own: the same whichever worker or task prepares it.
+            rng = np.random.default_rng((self.seed, epoch, index))
+            image, target = self._prepare(row, rng)
+            images.append(image)
+            labels.append(target["labels"])
+            boxes.append(target["boxes"])
+            ids.append(row["image_id"][0].as_py())
+        batch, sizes = pad_images(images, SHAPE_STEP)
+        return {
+            "images": batch,
+            "sizes": sizes,
+            "counts": torch.tensor([len(x) for x in labels]),
+            "labels": torch.cat(labels),
+            "boxes": torch.cat(boxes),
+            "image_ids": torch.tensor(ids),
+            "step": torch.tensor([step]),
+        }
+
+    def _prepare(self, row: pa.Table, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        image = decode_image(row["image"][0].as_buffer().to_pybytes(), self.max_pixels)
+        target: dict[str, Any] = {
+            "boxes": torch.tensor(row["boxes"][0].as_py(), dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor(row["labels"][0].as_py(), dtype=torch.int64),
+        }
+        augment = self.augment
+        if augment.recipe == "detr":
+            image, target = augment_detr(image, target, rng, self.model.image_max_size)
+        else:
+            if augment.recipe == "light":
+                image, target = augment_light(
+                    image, target, rng, horizontal_flip=augment.horizontal_flip,
+                    vertical_flip=augment.vertical_flip, scale=augment.scale, colour=augment.colour,
+                )  # fmt: skip
+            image, target = resize_to(image, target, input_size(self.model, *image.size))
+        target["boxes"] = boxes_to_targets(target["boxes"], *image.size)
+        return to_uint8(image), target
+
+    def stream(self, first_step: int) -> Iterator[dict[str, Tensor]]:
+        """Batches from a step on, without end, prepared ahead by Ray Data tasks."""
+        steps = max(1, CHUNK_IMAGES // self.batch_size)
+        while True:
+            # A dataset of bounded length at a time keeps the executor's bookkeeping small.
+            yield from _stream_chunks(self, first_step, steps, chunks=512)
+            first_step += 512 * steps
+
+
+def open_feed(
+    folder: Path, split: str, model: ModelConfig, augment: AugmentSettings, max_pixels: int, batch_size: int,
+    seed: int, rank: int = 0, workers: int = 1,
+) -> Feed:  # fmt: skip
+    """A feed over a split of an ingested dataset."""
+    shards = read_json(folder / "dataset.json")["splits"][split]["shards"]
+    return Feed(
+        str(folder), tuple(s["path"] for s in shards), tuple(s["rows"] for s in shards), model, augment,
+        max_pixels, batch_size, seed, rank, workers,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(rows: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
+    """The order of the dataset's rows in an epoch: shards permuted, rows shuffled among a few shards at a time."""
+    rng = np.random.default_rng((seed, epoch))
+    starts = np.cumsum((0, *rows))
+    shards = rng.permutation(len(rows))
+    parts = []
+    for i in range(0, len(shards), SHUFFLE_SHARDS):
+        window = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[i : i + SHUFFLE_SHARDS]])
+        parts.append(rng.permutation(window))
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=2 * SHUFFLE_SHARDS)
+def _shard(folder: str, name: str) -> pa.Table:
+    # Memory-mapped: what is not used is not read, and workers on one machine share the pages.
+    return pq.read_table(Path(folder) / name, columns=["image_id", "image", "boxes", "labels"], memory_map=True)
+
+
+def _stream_chunks(feed: Feed, first_step: int, steps: int, chunks: int) -> Iterator[dict[str, Tensor]]:
+    import ray
+
+    def prepare(batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
+        torch.set_num_threads(1)
+        start = first_step + int(batch["id"][0]) * steps
+        return {"batch": [save_tensors(feed.batch(step)) for step in range(start, start + steps)]}
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    data = ray.data.range(chunks, override_num_blocks=chunks).map_batches(
+        prepare, batch_size=1, num_cpus=1, concurrency=2
+    )
+    expected = first_step
+    for row in data.iter_rows():
+        batch = load_tensors(row["batch"])
+        if int(batch["step"]) != expected:
+            raise RuntimeError(f"step {int(batch['step'])} came where step {expected} was due")
+        expected += 1
+        yield batch

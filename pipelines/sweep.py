@@ -1,0 +1,119 @@
+"""Search over matching costs, loss weights and learning rate (Ray Tune), judged by AP on "val".
+
+Never by the loss: the weights being tried change its scale.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.progress import console
+from pipelines.settings import RunSettings, UserError, override_settings
+from pipelines.stage import read_json, write_json
+from pipelines.tracking import Tracker
+from pipelines.train import train
+
+FORMAT = 1
+
+
+def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tracker, name: str) -> dict[str, Any]:
+    """Try `sweep.trials` settings for `sweep.budget` each; trial 0 is the present settings.
+
+    Leaves trials.json (a row per trial, failed ones with their reason) and best.yaml, which
+    `train --config` takes. Another trial is best only when it beats the present settings by
+    `sweep.min_gain` AP, since short trials are noisy. Returns {"best": changed settings, "best_config",
+    "trials": rows, "run_id"}. Raises UserError for a setting that does not exist, or when no trial ended.
+    """
+    from ray import tune
+    from ray.tune.search import BasicVariantGenerator
+
+    folder, options = Path(folder).resolve(), settings.sweep
+    present = _present(settings)
+    for key, values in options.space.items():
+        for value in values:  # a misspelt setting or a wrong value is said before anything runs
+            override_settings(settings, {key: value})
+
+    run_file = folder / "run.json"
+    run_id = read_json(run_file)["run_id"] if run_file.is_file() else None
+    run_id = tracker.start_run(name, run_id, {"detr.stage": "sweep"})
+    write_json(run_file, {"format": FORMAT, "run_id": run_id})
+    tracker.log_params(run_id, {"sweep": options.model_dump(mode="json"), "seed": settings.seed})
+    base = settings.model_dump(mode="json")
+
+    def trial(config: dict[str, Any]) -> None:
+        # One validation at the end; a Train run in this very process needs no workers of its own.
+        changes = {**config, "train.budget": options.budget, "train.validations": 1, "train.num_workers": 0}
+        mine = override_settings(RunSettings.model_validate(base), changes)
+        number = tune.get_context().get_trial_id().rsplit("_", 1)[-1]
+        place = folder / "trials" / number
+        place.mkdir(parents=True, exist_ok=True)
+        tags = {"mlflow.parentRunId": run_id, "detr.stage": "trial"}
+        found = train(mine, dataset_folder, place, tracker, f"{name}-{number}", tags)
+        tune.report({key: found[key] for key in ("AP", "AP50", "steps", "images_per_second", "run_id")})
+
+    console.print(f"Sweep of {options.trials} trials, {options.budget} each.")
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"CPU": 1}),
+        param_space={key: tune.choice(values) for key, values in options.space.items()},
+        tune_config=tune.TuneConfig(
+            metric="AP",
+            mode="max",
+            num_samples=options.trials,
+            max_concurrent_trials=options.max_concurrent,
+            search_alg=BasicVariantGenerator(points_to_evaluate=[present], random_state=settings.seed),
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(folder / "ray"), verbose=0),
+    )
+    status = "FAILED"
+    try:
+        rows = [_row(result, present) for result in tuner.fit()]
+        ended = [row for row in rows if row["AP"] is not None]
+        if not ended:
+            raise UserError(f"No trial of the sweep ended; the first says: {rows[0]['error']}")
+        status = "FINISHED"
+    finally:
+        tracker.end_run(run_id, status)
+
+    standing = next((row["AP"] for row in ended if not row["changes"]), None)
+    best = max(ended, key=lambda row: row["AP"])
+    if standing is not None and best["AP"] < standing + options.min_gain:
+        best = next(row for row in ended if not row["changes"])
+    write_json(folder / "trials.json", {"format": FORMAT, "trials": rows, "best": best})
+    chosen = override_settings(settings, best["changes"]).model_dump(mode="json")
+    (folder / "best.yaml").write_text(
+        f"# Best of {len(rows)} trials by AP on val: {best['AP']:.4f}.\n" + yaml.safe_dump(chosen, sort_keys=False),
+        encoding="utf-8",
+    )
+    for file in ("trials.json", "best.yaml"):
+        tracker.log_file(run_id, folder / file)
+    tracker.log_metrics(run_id, {"best/AP": best["AP"]})
+    for row in rows:
+        words = ", ".join(f"{k}={v}" for k, v in row["changes"].items()) or "the present settings"
+        console.print(f"  AP {row['AP']:.4f}: {words}" if row["AP"] is not None else f"  failed: {words}: {row['error']}")
+    return {"best": best["changes"], "best_config": "best.yaml", "trials": rows, "run_id": run_id}
+
+
+def _present(settings: RunSettings) -> dict[str, Any]:
+    """The values of the space's settings as they are now; raises UserError for one that does not exist."""
+    present = {}
+    for key in settings.sweep.space:
+        value: Any = settings.model_dump(mode="json")
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                override_settings(settings, {key: settings.sweep.space[key][0]})  # says which key is meant
+                raise UserError(f"{key!r} in sweep.space is no single setting.", 2)
+            value = value[part]
+        present[key] = value
+    return present
+
+
+def _row(result, present: dict[str, Any]) -> dict[str, Any]:
+    metrics, error = result.metrics or {}, result.error
+    return {
+        "changes": {k: v for k, v in (result.config or {}).items() if v != present[k]},
+        **{key: metrics.get(key) for key in ("AP", "AP50", "steps", "images_per_second", "run_id")},
+        "seconds": round(metrics.get("time_total_s", 0.0), 1),
+        "error": None if error is None else str(error).strip().splitlines()[-1],
+    }

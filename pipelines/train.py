@@ -1,0 +1,556 @@
+"""The training loop, on one worker or many (Ray Train), streamed from shards and tracked in MLflow.
+
+The driver (`train`) starts the workers and follows their progress file; each worker runs `train_loop`. What
+decides anything (budget in minutes, best checkpoint) decides at fixed steps, so that an interrupted run ends
+as a straight one does.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from detr.batch import normalise
+from detr.checkpoint import CheckpointError, fit_weights, load_checkpoint, load_official, read_pth, save_checkpoint
+from detr.criterion import SetCriterion
+from detr.matcher import NonFiniteOutputs
+from detr.model import DETR, count_parameters
+from detr.queries import make_denoising_queries
+from pipelines.detect import Detector
+from pipelines.evaluate import coco_metrics, coco_truth, detect_rows, detections_to_coco, read_split, split_shards
+from pipelines.feed import Feed, open_feed
+from pipelines.progress import console, progress
+from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings, parse_budget
+from pipelines.stage import read_json, write_json
+from pipelines.tracking import Tracker
+
+LOG_EVERY = 20  # steps
+MEASURE_FROM, MEASURE_TO = 10, 50  # steps whose speed turns a budget in minutes into steps
+PROGRESS = "progress.jsonl"
+
+
+def train(
+    settings: RunSettings,
+    dataset_folder: Path,
+    folder: Path,
+    tracker: Tracker,
+    name: str,
+    tags: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Train on the split "train" of a dataset, choose the best checkpoint on "val", and leave it in folder.
+
+    Called again with the same folder it goes on from the last checkpoint, in the same MLflow run.
+    Returns {"checkpoint", "history" (paths in folder), "steps", "AP", "AP50", "best_step", "run_id",
+    "images_per_second", "parameters"}. Raises UserError where the training cannot start or ends in a
+    way the user can mend.
+    """
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    folder = Path(folder).resolve()
+    dataset = read_json(dataset_folder / "dataset.json")
+    settings = override_settings(settings, {"model.num_classes": len(dataset["categories"])})
+    use_gpu = settings.train.use_gpu
+    if use_gpu is None:
+        use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    run_file = folder / "run.json"
+    run_id = read_json(run_file)["run_id"] if run_file.is_file() else None
+    run_id = tracker.start_run(name, run_id, tags)
+    write_json(run_file, {"format": 1, "run_id": run_id})
+    tracker.log_params(run_id, settings.model_dump(mode="json"))
+    for split, context in (("train", "training"), ("val", "validation")):
+        record = dataset["splits"][split]
+        tracker.log_dataset(run_id, f"{dataset['name']}-{split}", record["digest"], context, dataset["source"])
+
+    workers = settings.train.num_workers
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={
+            "settings": settings.model_dump(mode="json"),
+            "dataset": str(Path(dataset_folder).resolve()),
+            "folder": str(folder),
+            "tracker": tracker,
+            "run_id": run_id,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"GPU": 1, "CPU": 1} if use_gpu else {"CPU": 1}
+        ),
+        run_config=ray.train.RunConfig(
+            name="run",
+            storage_path=str(folder / "ray"),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="AP", checkpoint_score_order="max"
+            ),
+            failure_config=ray.train.FailureConfig(max_failures=2),
+        ),
+    )
+    status = "FAILED"
+    try:
+        with _Follower(folder / PROGRESS, name):
+            result = trainer.fit()
+        if result.error is not None:
+            raise result.error
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+        raise _explain(error) from error
+    finally:
+        tracker.end_run(run_id, status)
+
+    summary = result.return_value
+    if workers:  # a run inside this process, as a sweep's trial, leaves figures and no checkpoint
+        best = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], -pair[1]["step"]))[0]
+        with best.as_directory() as place:
+            part = folder / ".checkpoint"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(Path(place) / "model", part)
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            os.replace(part, folder / "checkpoint")
+        tracker.log_file(run_id, folder / "checkpoint", "checkpoint")
+    write_json(folder / "history.json", read_history(folder / PROGRESS))
+    tracker.log_file(run_id, folder / "history.json")
+    return {"checkpoint": "checkpoint", "history": "history.json", "run_id": run_id, **summary}
+
+
+def train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """What every Ray Train worker runs; the first worker's return value is the summary."""
+    import ray.train
+    import ray.train.torch
+
+    settings = RunSettings.model_validate(config["settings"])
+    options, folder, dataset_folder = settings.train, Path(config["folder"]), Path(config["dataset"])
+    dataset = read_json(dataset_folder / "dataset.json")
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    # Ray tells its workers one thread each; those of a machine share its cores.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    torch.set_float32_matmul_precision("high")
+
+    torch.manual_seed(settings.seed)
+    model = DETR(settings.model)
+    messages = load_initial_weights(model, options)
+    model.to(device)
+    model.backbone.to(memory_format=torch.channels_last)
+    criterion = SetCriterion(settings.model, settings.loss).to(device)
+    ema = torch.optim.swa_utils.AveragedModel(model, avg_fn=_ema_update(options.ema_decay), use_buffers=True)
+    groups = model.parameter_groups(options.lr, options.lr_backbone)
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
+    base_rates = [group["lr"] for group in groups]
+    net: torch.nn.Module = model
+    if workers > 1:
+        net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    feed = open_feed(
+        dataset_folder, "train", settings.model, options.augment, settings.ingest.max_pixels, options.batch_size,
+        settings.seed, rank, workers,
+    )  # fmt: skip
+    state: dict[str, Any] = {"step": 0, "best_AP": -1.0, "best_AP50": 0.0, "best_step": 0}
+    torch.manual_seed(settings.seed * 1000 + rank)  # dropout differs between workers, weights do not
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as place:
+            saved = torch.load(Path(place) / "state.pt", map_location=device, weights_only=True)
+        state = saved["progress"]
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"].cpu())
+    log = _Log(folder / PROGRESS, config["tracker"], config["run_id"], rank == 0)
+    log.start(state["step"], messages, count_parameters(model), workers, feed)
+
+    budget = _Budget(options, feed, folder)
+    batches = feed.stream(state["step"])
+    try:
+        while not budget.is_spent(state["step"]):
+            step = state["step"]
+            batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
+            factor = lr_factor(step, budget.steps, options)
+            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = rate * factor
+            losses, norm = _train_step(net, criterion, optimizer, batch, step, settings, rank)
+            ema.update_parameters(model)
+            state["step"] = step = step + 1
+            budget.tick(step)
+            log.step(step, budget.steps, losses, norm, optimizer.param_groups[0]["lr"], options.batch_size * workers)
+            if budget.is_validation(step):
+                metrics = {"AP": 0.0, "AP50": 0.0}
+                if rank == 0:
+                    metrics = validate(ema.module, dataset, dataset_folder, settings, device)
+                    log.validation(step, metrics)
+                    if metrics["AP"] > state["best_AP"]:
+                        state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
+                _report(rank, model, ema, optimizer, state, metrics, dataset, settings)
+    finally:
+        batches.close()
+    return {
+        "steps": state["step"],
+        "epochs": round(state["step"] / feed.steps_per_epoch(), 2),
+        "AP": state["best_AP"],
+        "AP50": state["best_AP50"],
+        "best_step": state["best_step"],
+        "images_per_second": log.images_per_second(),
+        "parameters": count_parameters(model)[0],
+    }
+
+
+def _train_step(
+    net: torch.nn.Module, criterion: SetCriterion, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
+    step: int, settings: RunSettings, rank: int,
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """One optimiser step -> (losses, gradient norm), left on the device."""
+    options, model = settings.train, settings.model
+    images, mask = normalise(batch["images"], batch["sizes"])
+    images = images.contiguous(memory_format=torch.channels_last)
+    counts = batch["counts"].tolist()
+    targets = [
+        {"labels": labels, "boxes": boxes}
+        for labels, boxes in zip(batch["labels"].split(counts), batch["boxes"].split(counts), strict=True)
+    ]
+    # A generator of the step's own: the noise does not depend on what came before.
+    generator = torch.Generator().manual_seed(hash((settings.seed, step, rank)) % 2**63)
+    denoising = make_denoising_queries(targets, model.denoising, model.num_classes, generator)
+    net.train()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+        outputs = net(images, mask, denoising)
+    try:
+        losses = criterion(outputs, targets, denoising)
+    except NonFiniteOutputs as error:
+        ids = [int(batch["image_ids"][i]) for i in error.images]
+        raise UserError(
+            f"The model's outputs stopped being finite at step {step}, on the images with ids {ids}; the last good "
+            f"checkpoint is kept. Lower train.lr (it is {options.lr:g}) or train.clip_max_norm and start again."
+        ) from error
+    total = criterion.total(losses)
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    limit = options.clip_max_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], limit)
+    optimizer.step()
+    return {**losses, "loss": total.detach()}, norm
+
+
+@torch.inference_mode()
+def validate(
+    model: DETR, dataset: dict[str, Any], dataset_folder: Path, settings: RunSettings, device: torch.device
+) -> dict[str, Any]:
+    """COCO metrics of a model on the split "val", every image once."""
+    detector = Detector(model, dataset["categories"], batch_size=settings.evaluate.batch_size, device=device)
+    tables = []
+    for shard in split_shards(dataset_folder, "val"):  # one at a time: the images need not fit in memory together
+        images = pq.read_table(shard, columns=["image_id", "file_name", "image"])
+        tables.append(detect_rows(detector, images, settings.ingest.max_pixels))
+    found = pa.concat_tables(tables)
+    rows = read_split(dataset_folder, "val", ["image_id", "file_name", "width", "height", "annotations"])
+    metrics = coco_metrics(
+        coco_truth(rows, dataset["categories"]), detections_to_coco(found, dataset["categories"]),
+        settings.evaluate.max_dets,
+    )  # fmt: skip
+    # Without any ground truth there is no AP; training goes on and the report says so in words.
+    return {**metrics, "AP": metrics["AP"] or 0.0, "AP50": metrics["AP50"] or 0.0}
+
+
+def load_initial_weights(model: DETR, options: TrainSettings) -> list[str]:
+    """Weights the user gave, loaded into the model; sentences that say what was taken and what was not.
+
+    Raises UserError when a file cannot be used.
+    """
+    messages = []
+    try:
+        if options.backbone_weights:
+            state = _backbone_state(model, options.backbone_weights)
+            own = set(model.state_dict())
+            taken = {f"backbone.0.body.{k}": v for k, v in state.items() if f"backbone.0.body.{k}" in own}
+            fit_weights(model, taken)
+            messages.append(f"backbone: {len(taken)} tensors from {options.backbone_weights}")
+        if options.init_from:
+            path = Path(options.init_from)
+            source = load_checkpoint(path)[0] if path.is_dir() else load_official(path)
+            left = fit_weights(model, source.state_dict())
+            messages.append(f"started from {path}; initialised anew: {', '.join(left) if left else 'nothing'}")
+    except CheckpointError as error:
+        raise UserError(f"{error}.", 2) from error
+    return messages
+
+
+def _backbone_state(model: DETR, source: str) -> dict[str, Tensor]:
+    if source != "imagenet":
+        return read_pth(source)
+    from torchvision.models import get_model_weights
+
+    try:
+        return get_model_weights(model.config.backbone)["IMAGENET1K_V1"].get_state_dict(check_hash=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"torchvision's weights for {model.config.backbone!r} could not be had ({error}); "
+            "give a file instead: train.backbone_weights=path/to/weights.pth",
+        ) from error
+
+
+def lr_factor(step: int, steps: int | None, options: TrainSettings) -> float:
+    """What the learning rates are multiplied with at a step: linear warm-up, then the schedule's share.
+
+    While the number of steps is not known yet (a budget in minutes being measured) the schedule is at its start.
+    """
+    warmup = min(1.0, (step + 1) / options.warmup_steps) if options.warmup_steps else 1.0
+    if steps is None:
+        return warmup
+    if options.lr_schedule == "step":
+        return warmup * (1.0 if step < options.lr_drop * steps else 0.1)
+    return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+
+class _Budget:
+    """When training ends and validates, in steps. Minutes become steps once, after a measured warm-up."""
+
+    def __init__(self, options: TrainSettings, feed: Feed, folder: Path):
+        amount, unit = parse_budget(options.budget)
+        self.validations = options.validations
+        self.file = folder / "budget.json"
+        self.steps: int | None = None
+        self.seconds = amount if unit == "seconds" else None
+        if unit == "steps":
+            self.steps = max(1, round(amount))
+        elif unit == "epochs":
+            self.steps = max(1, math.ceil(amount * feed.steps_per_epoch()))
+        elif self.file.is_file():
+            self.steps = read_json(self.file)["steps"]
+        self.marks: dict[int, float] = {}
+        self.rank = feed.rank
+
+    def tick(self, step: int) -> None:
+        """Called after every step."""
+        if self.steps is not None:
+            return
+        self.marks[step] = time.monotonic()
+        first, last = min(self.marks), max(self.marks)
+        if first == 1:
+            first = min(step, MEASURE_FROM)  # the first steps are slower than the rest
+        elapsed = self.marks[last] - self.marks[1]
+        pace = (self.marks[last] - self.marks[first]) / max(1, last - first)
+        if step >= MEASURE_TO or elapsed > 0.5 * self.seconds:
+            steps = self._agreed(step + max(1, int((self.seconds - elapsed) / max(pace, 1e-6))))
+            if self.rank == 0:
+                write_json(self.file, {"format": 1, "steps": steps, "seconds_per_step": round(pace, 5)})
+            self.steps = steps
+
+    def _agreed(self, steps: int) -> int:
+        """The first worker's number, on all workers."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return steps
+        box = [steps]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def is_spent(self, step: int) -> bool:
+        return self.steps is not None and step >= self.steps
+
+    def is_validation(self, step: int) -> bool:
+        """Evenly spread, the last at the end."""
+        if self.steps is None:
+            return False
+        every = max(1, math.ceil(self.steps / self.validations))
+        return step == self.steps or (step % every == 0 and self.steps - step >= every / 2)
+
+
+def _ema_update(decay: float):
+    """Moving average whose memory is short at the start, so that random weights are soon forgotten."""
+
+    def update(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+        if not average.is_floating_point():
+            return value
+        n = int(count)
+        return torch.lerp(average, value, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+def _report(
+    rank: int, model: DETR, ema: torch.optim.swa_utils.AveragedModel, optimizer: torch.optim.Optimizer,
+    state: dict[str, Any], metrics: dict[str, Any], dataset: dict[str, Any], settings: RunSettings,
+) -> None:  # fmt: skip
+    """Hand Ray Train the metrics and, from the first worker, a checkpoint: state to go on with, and the model."""
+    import ray.train
+
+    numbers = {"AP": metrics["AP"], "AP50": metrics["AP50"], "step": state["step"]}
+    if rank != 0:
+        ray.train.report(numbers)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+                "progress": state,
+            },
+            Path(place) / "state.pt",
+        )
+        best = metrics.get("best_f1") or {}
+        save_checkpoint(
+            Path(place) / "model",
+            ema.module,
+            dataset["categories"],
+            score_threshold=best.get("threshold") or 0.5,
+            dataset_digest=dataset["digest"],
+            trained={"step": state["step"], "seed": settings.seed, "images_per_step": settings.train.batch_size},
+            metrics={k: v for k, v in metrics.items() if k != "precision_recall"},
+        )
+        ray.train.report(numbers, checkpoint=ray.train.Checkpoint.from_directory(place))
+
+
+class _Log:
+    """Losses, rates and AP to a JSON-lines file and to MLflow, from the first worker."""
+
+    def __init__(self, path: Path, tracker: Tracker, run_id: str, active: bool):
+        self.path, self.tracker, self.run_id, self.active = path, tracker, run_id, active
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.since = time.monotonic()
+        self.rates: list[float] = []
+        self.per_epoch = 1.0
+
+    def start(self, step: int, messages: list[str], parameters: tuple[int, int], workers: int, feed: Feed) -> None:
+        self.per_epoch = feed.steps_per_epoch()
+        self._write({"event": "start", "step": step, "messages": messages, "parameters": parameters[0],
+                     "trainable": parameters[1], "workers": workers, "epoch_images": feed.images})  # fmt: skip
+
+    def step(
+        self, step: int, steps: int | None, losses: dict[str, Tensor], norm: Tensor, lr: float, images: int
+    ) -> None:
+        """Add up on the device; one transfer every LOG_EVERY steps."""
+        for name, value in {**losses, "grad_norm": norm}.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        if step % LOG_EVERY and step != steps:
+            return
+        values = torch.stack([value.float() for value in self.sums.values()]).cpu() / self.count
+        means = dict(zip(self.sums, values.tolist(), strict=True))
+        rate = images * self.count / (time.monotonic() - self.since)
+        self.rates.append(rate)
+        shown = {k: round(v, 5) for k, v in means.items() if k in ("loss", "loss_ce", "loss_bbox", "loss_giou")}
+        self._write({"event": "step", "step": step, "steps": steps, "epoch": round(step / self.per_epoch, 3),
+                     **shown, "lr": lr, "images_per_second": round(rate, 2)})  # fmt: skip
+        self._track({**{f"train/{k}": v for k, v in means.items()}, "lr": lr, "images_per_second": rate}, step)
+        self.sums, self.count, self.since = {}, 0, time.monotonic()
+
+    def validation(self, step: int, metrics: dict[str, Any]) -> None:
+        self._write({"event": "validation", "step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})
+        numbers = {f"val/{k}": v for k, v in metrics.items() if k.startswith("A") and v is not None}
+        per_class = {f"val/AP/{c['name']}": c["AP"] for c in metrics["per_class"] if c["AP"] is not None}
+        self._track({**numbers, **per_class}, step)
+        self.since = time.monotonic()  # time spent validating is no training time
+
+    def images_per_second(self) -> float:
+        return round(float(np.median(self.rates)), 2) if self.rates else 0.0
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.active:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _track(self, metrics: dict[str, float], step: int) -> None:
+        if self.active:
+            self.tracker.log_metrics(self.run_id, metrics, step)
+
+
+def read_progress(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a progress file."""
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.endswith("}"):
+                yield json.loads(line)
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """Steps and validations of a run; those done again after an interruption count once."""
+    steps, validations = {}, {}
+    for record in read_progress(path):
+        kind = record.pop("event")
+        if kind == "step":
+            steps[record["step"]] = record
+        elif kind == "validation":
+            validations[record["step"]] = record
+    return {
+        "format": 1,
+        "steps": [steps[k] for k in sorted(steps)],
+        "validations": [validations[k] for k in sorted(validations)],
+    }
+
+
+class _Follower:
+    """Shows a progress file on stderr while the training runs elsewhere."""
+
+    def __init__(self, path: Path, name: str):
+        self.path, self.name = path, name
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self.seen = sum(1 for _ in read_progress(self.path))
+        self.thread.start()
+
+    def __exit__(self, *error) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def _follow(self) -> None:
+        with progress() as bar:
+            task = bar.add_task("train", total=None, note="starting")
+            ap, done = "", False
+            while not done:
+                done = self.stop.wait(1.0)
+                records = list(read_progress(self.path))
+                for record in records[self.seen :]:
+                    if record["event"] == "start":
+                        went_on = f", going on from step {record['step']}" if record["step"] else ""
+                        console.print(
+                            f"Training {record['trainable'] / 1e6:.1f} M of {record['parameters'] / 1e6:.1f} M "
+                            f"parameters on {record['epoch_images']} images, {record['workers']} worker(s){went_on}."
+                        )
+                        for message in record["messages"]:
+                            console.print(f"  {message}")
+                        bar.update(task, completed=record["step"])
+                    elif record["event"] == "validation":
+                        ap = f"AP {record['AP']:.3f}  "
+                        console.print(
+                            f"  step {record['step']}: AP {record['AP']:.3f}, AP50 {record['AP50']:.3f} on val"
+                        )
+                    else:
+                        note = f"{ap}loss {record['loss']:.2f}, {record['images_per_second']:.0f} images/s"
+                        bar.update(task, completed=record["step"], total=record["steps"], note=note)
+                        if not console.is_terminal and record["step"] % (5 * LOG_EVERY) == 0:
+                            of = f" of {record['steps']}" if record["steps"] else ""
+                            console.print(f"  step {record['step']}{of}: {note}")
+                self.seen = len(records)
+
+
+def _explain(error: Exception) -> UserError:
+    """The sentence of a UserError a worker raised, or the last line of what went wrong."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, UserError):
+                return cause
+            cause = cause.__cause__
+    text = str(error).strip().splitlines()
+    return UserError(f"The training failed: {text[-1] if text else type(error).__name__}")

@@ -1,0 +1,363 @@
+"""The stages as durable workflow tasks (DBOS).
+
+Every stage is addressed by what goes into it (`pipelines.stage`), so a finished one is found again whether
+the ledger remembers it or not. The ledger adds that a killed pipeline is taken up where it stopped.
+"""
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipelines.progress import console
+from pipelines.settings import RunSettings, UserError, digest, override_settings
+from pipelines.stage import read_json, run_stage, write_json
+
+APPLICATION_VERSION = "1"  # raised when the order or the meaning of the steps changes
+# Raised by hand when what a stage makes of the same inputs and settings changes.
+VERSIONS = {"sample": 1, "ingest": 1, "sweep": 1, "train": 1, "evaluate": 1, "predict": 1, "report": 1}
+GATE_REFUSED = 3
+
+Record = dict[str, Any]
+
+
+def sample_stage(settings: RunSettings, store: Path) -> Record:
+    """The built-in images; the result names their folder."""
+    from pipelines.sample import write_sample
+
+    return _stage(store, "sample", settings.sample.model_dump(), {},
+                  lambda folder: {**write_sample(settings.sample, folder / "sample"), "folder": "sample"})  # fmt: skip
+
+
+def data_path(settings: RunSettings, store: Path) -> Path:
+    """The COCO folder to work on: the user's, or the built-in one, made if need be."""
+    if settings.data.path is not None:
+        return Path(settings.data.path)
+    return Path(sample_stage(settings, store)["folder"]) / "sample"
+
+
+def ingest_stage(settings: RunSettings, store: Path) -> Record:
+    """Shards of the data; the record's folder holds dataset.json."""
+    from pipelines.ingest import ingest, source
+
+    found = source(settings, data_path(settings, store))
+    return _stage(store, "ingest", settings.ingest.model_dump(), found.inputs,
+                  lambda folder: ingest(settings, found, folder))  # fmt: skip
+
+
+def sweep_stage(settings: RunSettings, store: Path, data: Record) -> Record:
+    """Trials of other settings; result["best"] holds the changes worth making."""
+    from pipelines.sweep import sweep
+
+    name = f"{data['result']['name']}-sweep"
+    chosen = {**_training_settings(settings), "sweep": settings.sweep.model_dump()}
+    return _stage(store, "sweep", chosen, {"dataset": data["result"]["digest"]},
+                  lambda folder: sweep(settings, Path(data["folder"]), folder, _tracker(settings, store, data), name))  # fmt: skip
+
+
+def train_stage(settings: RunSettings, store: Path, data: Record) -> Record:
+    """A trained model; the record's folder holds checkpoint/ and history.json."""
+    from pipelines.train import train
+
+    chosen = _training_settings(settings)
+
+    def work(folder: Path) -> dict[str, Any]:
+        name = f"{data['result']['name']}-{folder.name[:8]}"
+        return train(settings, Path(data["folder"]), folder, _tracker(settings, store, data), name,
+                     {"detr.stage": "train", "detr.key": folder.name})  # fmt: skip
+
+    return _stage(store, "train", chosen, {"dataset": data["result"]["digest"]}, work)
+
+
+def evaluate_stage(settings: RunSettings, store: Path, data: Record, checkpoint: Path, split: str) -> Record:
+    """COCO numbers of a checkpoint on a split."""
+    from pipelines.evaluate import evaluate
+
+    dataset = read_json(Path(data["folder"]) / "dataset.json")
+    if split not in dataset["splits"]:
+        raise UserError(f"The dataset has no split {split!r}; it has {', '.join(dataset['splits'])}.", 2)
+    inputs = {"weights": weights_digest(checkpoint), "split": split, "split_digest": dataset["splits"][split]["digest"],
+              "dataset": dataset["digest"]}  # fmt: skip
+    chosen = {"evaluate": settings.evaluate.model_dump(), "max_pixels": settings.ingest.max_pixels}
+    return _stage(store, "evaluate", chosen, inputs,
+                  lambda folder: evaluate(settings, Path(data["folder"]), checkpoint, split, folder))  # fmt: skip
+
+
+def register_stage(
+    settings: RunSettings, store: Path, data: Record, checkpoint: Path, run_id: str, evaluation: Record
+) -> Record:
+    """A version of the registered model; the registry itself knows a checkpoint it has."""
+    from pipelines.registry import register, registered_name
+
+    name = registered_name(settings, data["result"]["name"])
+    return _timed(
+        "register",
+        lambda: register(
+            settings, _tracker(settings, store, data), run_id, checkpoint, evaluation["result"],
+            data["result"]["digest"], name,
+        ),
+    )  # fmt: skip
+
+
+def promote_stage(settings: RunSettings, store: Path, data: Record, version: str, evaluation: Record) -> Record:
+    """The gate's verdict, and the alias moved if it passed. Asked anew every time: champions change."""
+    from pipelines.registry import promote, registered_name
+
+    name = registered_name(settings, data["result"]["name"])
+    folder = Path(store) / "promote" / f"{name}-{version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tracker = _tracker(settings, store, data)
+    record = _timed("promote", lambda: promote(settings, tracker, name, version, evaluation["result"], folder))
+    verdict = record["result"]
+    console.print(f"{'Promoted' if verdict['promoted'] else 'Refused'}: {verdict['reason']}")
+    return record
+
+
+def predict_stage(
+    settings: RunSettings, store: Path, images: str, checkpoint: Path, model_name: str, version: str
+) -> Record:
+    """Detections on all images of an input (folder, prefix, list or COCO file)."""
+    from pipelines.predict import list_images, predict
+
+    listed = list_images(images, settings)
+    inputs = {"images": digest(listed, 64), "weights": weights_digest(checkpoint), "model": [model_name, str(version)]}
+    return _stage(store, "predict", settings.predict.model_dump(), inputs,
+                  lambda folder: predict(settings, listed, checkpoint, model_name, str(version), folder))  # fmt: skip
+
+
+def report_stage(
+    settings: RunSettings, store: Path, data: Record, stages: list[Record], training: Record | None,
+    evaluations: list[Record], verdict: Record | None, predictions: Record | None,
+) -> Record:  # fmt: skip
+    """One page about all of it, logged to the training's MLflow run."""
+    from pipelines.report import report
+
+    dataset_folder = Path(data["folder"])
+    keys = [[s["stage"], s.get("key"), s["seconds"]] for s in stages]
+    inputs = {"stages": keys, "verdict": verdict and verdict["result"], "settings": settings.model_dump(mode="json")}
+
+    def work(folder: Path) -> dict[str, Any]:
+        made = report(
+            f"Detection of {data['result']['name']}", dataset_folder, training,
+            {e["result"]["split"]: Path(e["folder"]) for e in evaluations},
+            Path(training["folder"]) / "history.json" if training else None,
+            settings, stages, verdict and verdict["result"], predictions and predictions["result"], folder,
+        )  # fmt: skip
+        if training:
+            tracker = _tracker(settings, store, data)
+            for path in filter(None, made.values()):
+                tracker.log_file(training["result"]["run_id"], path, "report")
+            for e in evaluations:
+                numbers = {f"{e['result']['split']}/final/{k}": e["result"][k] for k in ("AP", "AP50", "AP75")}
+                tracker.log_metrics(training["result"]["run_id"], {k: v for k, v in numbers.items() if v is not None})
+        return made
+
+    return _stage(store, "report", {}, inputs, work)
+
+
+def pipeline(settings: RunSettings, store: Path) -> dict[str, Any]:
+    """All stages, as a durable workflow: the same call after a kill goes on with it.
+
+    Returns {"exit_code", "verdict", "report", "predictions", "stages", ...}; a refused gate ends with exit
+    code 3 and predictions by the standing champion. Raises UserError as the stages do.
+    """
+    from dbos import DBOS, DBOSPortableJSONSerializer
+
+    store = Path(store).resolve()
+    store.mkdir(parents=True, exist_ok=True)
+    key = digest([settings.model_dump(mode="json"), APPLICATION_VERSION])
+    failed: list[BaseException] = []
+
+    def step(name: str, function: Callable[..., Record], *arguments: Any) -> Record:
+        """Run a stage as a step whose record is kept; what a user can mend comes back as data, not as a traceback."""
+
+        def work() -> Record:
+            try:
+                return function(settings, store, *arguments)
+            except UserError as error:
+                return {"stage": name, "error": str(error), "exit_code": error.exit_code}
+
+        record = DBOS.run_step({"name": name}, work)
+        if "error" in record:
+            raise _StageFailed(record["error"], record["exit_code"])
+        return record
+
+    @DBOS.workflow(name="pipeline")
+    def run(workflow_key: str) -> dict[str, Any]:
+        try:
+            return _run_stages(settings, store, step)
+        except _StageFailed as error:
+            return {"error": str(error), "exit_code": error.exit_code}
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    DBOS(
+        config={
+            "name": "detr",
+            "system_database_url": f"sqlite:///{store / 'workflow.db'}",
+            "application_version": APPLICATION_VERSION,
+            "executor_id": key,  # a start takes up what was stopped of its own settings, and nothing else
+            "serializer": DBOSPortableJSONSerializer(),
+            "log_level": "ERROR",
+            "enable_otlp": False,
+        }
+    )
+    DBOS.launch()
+    try:
+        waiting = DBOS.list_workflows(status="PENDING", executor_id=key, app_version=APPLICATION_VERSION)
+        if waiting:
+            console.print("Going on with the pipeline that was stopped.")
+            handle = DBOS.retrieve_workflow(waiting[0].workflow_id)
+        else:
+            handle = DBOS.start_workflow(run, key)
+        try:
+            outcome = handle.get_result()
+        except Exception:
+            if failed:
+                raise failed[0] from None
+            raise
+    finally:
+        DBOS.destroy()
+    if "error" in outcome:
+        raise UserError(outcome["error"], outcome["exit_code"])
+    return outcome
+
+
+class _StageFailed(Exception):
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _run_stages(settings: RunSettings, store: Path, step: Callable[..., Record]) -> dict[str, Any]:
+    from pipelines.registry import registered_name
+
+    data = step("ingest", ingest_stage)
+    name = registered_name(settings, data["result"]["name"])
+    trials = step("sweep", sweep_stage, data)
+    if trials["result"]["best"]:
+        console.print(f"Training with the sweep's best settings: {trials['result']['best']}")
+    tuned = override_settings(settings, trials["result"]["best"])
+    training = step("train", lambda _, store, data: train_stage(tuned, store, data), data)
+    checkpoint = Path(training["folder"]) / "checkpoint"
+    splits = [s for s in ("val", "test") if s in data["result"]["images"]]
+    evaluations = [step(f"evaluate {s}", evaluate_stage, data, checkpoint, s) for s in splits]
+    version = step("register", register_stage, data, checkpoint, training["result"]["run_id"], evaluations[0])
+    verdict = step("promote", promote_stage, data, version["result"]["version"], evaluations[0])
+    predictions = None
+    champion = verdict["result"]["champion"]
+    if champion is not None:
+        place, _, _ = step_download(settings, store, data, f"models:/{name}/{champion}")
+        images = str(data_path(settings, store) / (settings.data.test if "test" in splits else settings.data.val))
+        if not Path(images).is_file():  # val was split off train: all images, then
+            images = str(data_path(settings, store) / settings.data.train)
+        predictions = step("predict", predict_stage, images, place, name, champion)
+    stages = [data, trials, training, *evaluations, version, verdict, *filter(None, [predictions])]
+    if settings.data.path is None:
+        stages.insert(0, sample_stage(settings, store))
+    page = step("report", report_stage, data, stages, training, evaluations, verdict, predictions)
+    promoted = verdict["result"]["promoted"]
+    return {
+        "exit_code": 0 if promoted else GATE_REFUSED,
+        "dataset": data["result"],
+        "settings_changed_by_sweep": trials["result"]["best"],
+        "AP": {e["result"]["split"]: e["result"]["AP"] for e in evaluations},
+        "AP50": {e["result"]["split"]: e["result"]["AP50"] for e in evaluations},
+        "model": name,
+        "version": version["result"]["version"],
+        "champion": champion,
+        "verdict": verdict["result"],
+        "checkpoint": str(checkpoint),
+        "predictions": predictions and predictions["folder"],
+        "report": page["result"]["report"],
+        "stages": [{"stage": s["stage"], "seconds": s["seconds"], "reused": s.get("reused", False)} for s in stages],
+    }
+
+
+def step_download(settings: RunSettings, store: Path, data: Record, uri: str) -> tuple[Path, str, str]:
+    """A registered model's checkpoint folder on this machine, its name and version."""
+    from pipelines.registry import download
+
+    return download(_tracker(settings, store, data), uri, Path(store) / "models")
+
+
+def find_model(settings: RunSettings, store: Path, uri: str | None) -> tuple[Path, str, str]:
+    """Checkpoint folder, name and version of a model: the one given, or the champion for the store's last dataset."""
+    data = latest(store, "ingest")
+    if uri is None:
+        from pipelines.registry import registered_name
+
+        if data is None:
+            raise UserError("This store holds no dataset, so there is no champion; give --model.", 2)
+        uri = f"models:/{registered_name(settings, data['result']['name'])}@champion"
+    return step_download(settings, store, data or {"result": {"name": "detr"}}, uri)
+
+
+def run_of(settings: RunSettings, store: Path, data: Record, checkpoint: Path) -> str:
+    """The MLflow run of a checkpoint that came from elsewhere: a run of its own."""
+    tracker = _tracker(settings, store, data)
+    tags = {"detr.stage": "import", "detr.weights": weights_digest(checkpoint)}
+    found = tracker.find_run(tags)
+    if found is None:
+        found = tracker.start_run(f"{data['result']['name']}-import", None, tags)
+        tracker.end_run(found)
+    return found
+
+
+def latest(store: Path, stage: str) -> Record | None:
+    """The record of the stage that was done or asked for last in this store."""
+    path = Path(store) / "latest.json"
+    folder = read_json(path).get(stage) if path.is_file() else None
+    if folder is None or not (Path(folder) / "stage.json").is_file():
+        return None
+    return {**read_json(Path(folder) / "stage.json"), "folder": folder, "reused": True}
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """sha256 of a checkpoint's weights; raises UserError when the folder holds none."""
+    path = Path(checkpoint) / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{checkpoint} is no checkpoint folder: it has no model.safetensors.", 2)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _training_settings(settings: RunSettings) -> dict[str, Any]:
+    """The settings a training depends on."""
+    groups = settings.model_dump(mode="json")
+    chosen = {key: groups[key] for key in ("seed", "model", "loss", "train", "evaluate")}
+    return {**chosen, "max_pixels": settings.ingest.max_pixels}
+
+
+def _tracker(settings: RunSettings, store: Path, data: Record):
+    from pipelines.tracking import tracker
+
+    return tracker(settings, Path(store), data["result"]["name"])
+
+
+def _stage(
+    store: Path, stage: str, settings: dict[str, Any], inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]]
+) -> Record:
+    record = run_stage(store, stage, VERSIONS[stage], settings, inputs, work)
+    path = Path(store) / "latest.json"
+    pointers = read_json(path) if path.is_file() else {"format": 1}
+    if pointers.get(stage) != record["folder"]:
+        write_json(path, {**pointers, stage: record["folder"]})
+    _say(record)
+    return record
+
+
+def _timed(stage: str, work: Callable[[], dict[str, Any]]) -> Record:
+    started = time.monotonic()
+    result = work()
+    record = {"stage": stage, "result": result, "seconds": round(time.monotonic() - started, 2), "reused": False}
+    _say(record)
+    return record
+
+
+def _say(record: Record) -> None:
+    how = "already done" if record["reused"] else f"done in {record['seconds']:.1f} s"
+    console.print(f"[bold]{record['stage']}[/bold] {how}")

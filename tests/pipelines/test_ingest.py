@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.ingest import ingest, source, write_shard
+from pipelines.settings import UserError, override_settings, validate_settings
+from pipelines.stage import read_json
+
+SETTINGS = validate_settings({"ingest": {"rows_per_shard": 4, "max_reject_fraction": 0.5}})
+CATEGORIES = [{"id": 5, "name": "cat"}, {"id": 2, "name": "dog"}]
+
+
+def make_images(root, names, size=(40, 30)):
+    root.mkdir(parents=True, exist_ok=True)
+    for n, name in enumerate(names):
+        pixels = np.random.default_rng(n).integers(0, 255, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(size).save(root / name)
+
+
+def coco(names, first=1, size=(40, 30)):
+    """One image record and two boxes for each name; ids run against the order of the names."""
+    images, annotations = [], []
+    for n, name in enumerate(names):
+        image_id = first + len(names) - n
+        images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
+        for k, category in enumerate((5, 2)):
+            box = [k * 3, 1.5, 10, 11]
+            annotations.append(
+                {
+                    "id": 10 * image_id + k,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": 77.25,
+                    "iscrowd": 0,
+                }
+            )
+    return {"images": images, "annotations": annotations, "categories": CATEGORIES}
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """10 images for training, 3 for validation, nothing wrong with them."""
+    folder = tmp_path / "data"
+    train, val = [f"t{n}.png" for n in range(10)], [f"v{n}.jpg" for n in range(3)]
+    make_images(folder / "images", train + val)
+    (folder / "instances_train.json").write_text(json.dumps(coco(train)))
+    (folder / "instances_val.json").write_text(json.dumps(coco(val, 100)))
+    return folder
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def run(data, out, settings=SETTINGS):
+    out.mkdir(parents=True, exist_ok=True)
+    result = ingest(settings, source(settings, data), out)
+    return result, read_json(out / "dataset.json")
+
+
+def rows(out, record, split):
+    return [r for s in record["splits"][split]["shards"] for r in pq.read_table(out / s["path"]).to_pylist()]
+
+
+@pytest.mark.ray
+def test_rows_hold_the_bytes_and_the_boxes(ray_cluster, dataset, tmp_path):
+    result, record = run(dataset, tmp_path / "out")
+    assert result["images"] == {"train": 10, "val": 3} and result["boxes"] == {"train": 20, "val": 6}
+    assert result["rejected_images"] == result["rejected_annotations"] == 0 and result["classes"] == 2
+    assert record["categories"] == [{"id": 2, "name": "dog"}, {"id": 5, "name": "cat"}]
+    train = record["splits"]["train"]
+    assert [(s["path"], s["rows"]) for s in train["shards"]] == [
+        ("train-00000.parquet", 4),
+        ("train-00001.parquet", 4),
+        ("train-00002.parquet", 2),
+    ]
+    assert train["per_class"] == [10, 10] and train["max_objects"] == 2 and train["images"] == 10
+    assert all(s["bytes"] == (tmp_path / "out" / s["path"]).stat().st_size for s in train["shards"])
+
+    table = rows(tmp_path / "out", record, "train")
+    assert [row["image_id"] for row in table] == list(range(2, 12))
+    for row in table:
+        data = (dataset / "images" / row["file_name"]).read_bytes()
+        assert row["image"] == data and row["sha256"] == hashlib.sha256(data).hexdigest()
+        assert (row["width"], row["height"], row["exif_orientation"]) == (40, 30, 1)
+        assert row["boxes"] == [[0, 1.5, 10, 12.5], [3, 1.5, 13, 12.5]] and row["labels"] == [1, 0]
+        assert [a["id"] for a in row["annotations"]] == [10 * row["image_id"], 10 * row["image_id"] + 1]
+        assert row["annotations"][0] == {
+            "id": 10 * row["image_id"],
+            "category_id": 5,
+            "bbox": [0, 1.5, 10, 11],
+            "area": 77.25,
+            "iscrowd": False,
+            "reject": None,
+        }
+    assert len(pq.read_table(tmp_path / "out" / "rejects.parquet")) == 0
+
+
+@pytest.mark.ray
+def test_the_digest_tells_content_not_place_or_sharding(ray_cluster, dataset, tmp_path):
+    first, _ = run(dataset, tmp_path / "one")
+    moved = tmp_path / "moved" / "data"
+    shutil.copytree(dataset, moved)
+    other = override_settings(SETTINGS, {"ingest.rows_per_shard": 3})
+    assert run(moved, tmp_path / "two", other)[0] == first
+
+    digests = {first["digest"]}
+    change(moved / "instances_val.json", lambda c: c["annotations"][0]["bbox"].__setitem__(0, 0.5))
+    digests.add(run(moved, tmp_path / "three")[0]["digest"])
+    Image.new("RGB", (40, 30)).save(moved / "images" / "t3.png")
+    digests.add(run(moved, tmp_path / "four")[0]["digest"])
+    change(moved / "instances_train.json", lambda c: c["categories"][0].update(name="lion"))
+    change(moved / "instances_val.json", lambda c: c["categories"][0].update(name="lion"))
+    digests.add(run(moved, tmp_path / "five")[0]["digest"])
+    assert len(digests) == 4
+
+
+def break_things(folder):
+    """Five training images with a fault each, and three annotations; returns the reasons expected."""
+    images = folder / "images"
+    data = (images / "v0.jpg").read_bytes()
+    (images / "t0.png").write_bytes(data[: len(data) // 2])
+    (images / "t1.png").unlink()
+    Image.new("RGB", (30, 40)).save(images / "t2.png")
+    (images / "t3.png").unlink()
+    os.mkfifo(images / "t3.png")
+    (images / "t4.png").write_bytes(b"")
+
+    def edit(content):
+        content["annotations"][10]["bbox"] = [39, 29, 0, 0]  # t5
+        content["annotations"][11]["iscrowd"] = 1  # t5
+        content["annotations"][12]["bbox"] = [30, 1, 20, 5]  # t6, over the edge
+        content["annotations"][13]["image_id"] = 999
+
+    change(folder / "instances_train.json", edit)
+    return {
+        "t0.png": "cannot be decoded",
+        "t1.png": "no such file",
+        "t2.png": "the image is 30x40, the annotations say 40x30",
+        "t3.png": "not a file",
+        "t4.png": "empty",
+    }
+
+
+@pytest.mark.ray
+def test_every_reject_has_its_reason(ray_cluster, dataset, tmp_path):
+    expected = break_things(dataset)
+    result, record = run(dataset, tmp_path / "out")
+    assert result["rejected_images"] == 5 and result["rejected_annotations"] == 3
+    assert result["images"] == {"train": 5, "val": 3} and result["boxes"] == {"train": 7, "val": 6}
+    rejects = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    whole = {r["file_name"]: r["reason"] for r in rejects if r["annotation_id"] is None}
+    assert whole.keys() == expected.keys()
+    assert all(expected[name] in reason for name, reason in whole.items())
+    # t5 has the id 6, t6 the id 5; the id of an annotation is ten times its image's, plus its number
+    single = {(r["file_name"], r["annotation_id"]): r["reason"] for r in rejects if r["annotation_id"] is not None}
+    assert single == {
+        ("t5.png", 60): "the box has no area",
+        ("t5.png", 61): "crowd",
+        ("", 51): "there is no image 999",
+    }
+    table = {row["file_name"]: row for row in rows(tmp_path / "out", record, "train")}
+    assert table["t5.png"]["boxes"] == [] and table["t5.png"]["labels"] == []
+    assert [a["reject"] for a in table["t5.png"]["annotations"]] == ["the box has no area", "crowd"]
+    assert table["t6.png"]["boxes"] == [[30, 1, 40, 6]]
+    assert table["t6.png"]["annotations"][0]["bbox"] == [30, 1, 20, 5]
+
+
+@pytest.mark.ray
+def test_too_many_rejects_stop_the_run(ray_cluster, dataset, tmp_path):
+    break_things(dataset)
+    strict = override_settings(SETTINGS, {"ingest.max_reject_fraction": 0.2})
+    with pytest.raises(UserError, match=r"5 of 13 images were rejected.*t\d\.png: .*rejects\.parquet") as error:
+        run(dataset, tmp_path / "out", strict)
+    assert error.value.exit_code == 1 and not (tmp_path / "out" / "dataset.json").exists()
+    assert pq.read_table(tmp_path / "out" / "rejects.parquet").num_rows == 8
+
+    for n in range(3):
+        (dataset / "images" / f"v{n}.jpg").write_bytes(b"GIF89a")
+    with pytest.raises(UserError, match="Not one image of val can be used"):
+        run(dataset, tmp_path / "out2")
+
+
+@pytest.mark.ray
+def test_val_is_split_off_where_there_is_no_file(ray_cluster, dataset, tmp_path):
+    (dataset / "instances_val.json").unlink()
+    result, record = run(dataset, tmp_path / "out")
+    assert result["images"] == {"train": 8, "val": 2}
+    ids = {split: {row["image_id"] for row in rows(tmp_path / "out", record, split)} for split in result["images"]}
+    assert ids["train"].isdisjoint(ids["val"]) and ids["train"] | ids["val"] == set(range(2, 12))
+    first = source(SETTINGS, dataset).inputs
+    assert first != source(override_settings(SETTINGS, {"seed": 1}), dataset).inputs
+    assert first != source(override_settings(SETTINGS, {"data.val_fraction": 0.3}), dataset).inputs
+
+
+def plan_of(folder, **changes):
+    from pipelines.ingest import _plans
+
+    found = source(SETTINGS, folder)
+    return {**next(iter(_plans(SETTINGS, found, found.files))), **changes}
+
+
+def test_a_finished_shard_is_not_redone_but_a_broken_one_is(dataset, tmp_path):
+    plan, shard = plan_of(dataset), tmp_path / "train-00000.parquet"
+    result = write_shard(plan, tmp_path)
+    data, written = shard.read_bytes(), shard.stat().st_mtime_ns
+    assert write_shard(plan, tmp_path) == result and shard.stat().st_mtime_ns == written
+
+    shard.write_bytes(data[:-10])  # cut short
+    assert write_shard(plan, tmp_path) == result and shard.read_bytes() == data
+    shard.with_suffix(".json").unlink()  # killed before the note
+    assert write_shard(plan, tmp_path) == result and shard.read_bytes() == data
+    assert write_shard({**plan, "labels": [5, 2]}, tmp_path)["digests"] != result["digests"]  # another plan
+
+
+def test_a_mended_image_is_looked_at_again(dataset, tmp_path):
+    image = dataset / "images" / "t9.png"
+    data = image.read_bytes()
+    image.unlink()
+    assert [r["file_name"] for r in write_shard(plan_of(dataset), tmp_path)["rejects"]] == ["t9.png"]
+    image.write_bytes(data)
+    assert write_shard(plan_of(dataset), tmp_path)["rows"] == 4
+
+
+def test_a_shard_of_rejects_only_is_no_file(dataset, tmp_path):
+    for n in range(6, 10):
+        (dataset / "images" / f"t{n}.png").write_bytes(b"nothing")
+    result = write_shard(plan_of(dataset), tmp_path)
+    assert result["rows"] == 0 and len(result["rejects"]) == 4
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["train-00000.json"]
+
+
+def test_images_are_capped_before_decoding_and_orientation_is_flagged(dataset, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(dataset / "images" / "t9.png") as image:
+        image.convert("RGB").save(dataset / "images" / "t9.png", exif=exif)
+    write_shard(plan_of(dataset), tmp_path)
+    row = pq.read_table(tmp_path / "train-00000.parquet").to_pylist()[0]
+    assert (row["file_name"], row["exif_orientation"], row["width"], row["height"]) == ("t9.png", 6, 40, 30)
+
+    result = write_shard(plan_of(dataset, max_pixels=1000), tmp_path)
+    assert result["rows"] == 0 and "more than the limit of 1000 pixels" in result["rejects"][0]["reason"]
+
+
+def test_inputs_follow_the_content(dataset):
+    first = source(SETTINGS, dataset).inputs
+    assert json.loads(json.dumps(first)) == first == source(SETTINGS, dataset).inputs
+    (dataset / "images" / "unnamed.txt").write_text("not in the annotations")
+    assert source(SETTINGS, dataset).inputs == first
+    Image.new("RGB", (40, 30)).save(dataset / "images" / "v1.jpg")
+    second = source(SETTINGS, dataset).inputs
+    assert second != first
+    (dataset / "images" / "v1.jpg").unlink()
+    assert source(SETTINGS, dataset).inputs not in (first, second)
+
+
+def refused(folder, match, exit_code, **data):
+    settings = override_settings(SETTINGS, {f"data.{key}": value for key, value in data.items()})
+    with pytest.raises(UserError, match=match) as error:
+        source(settings, folder)
+    assert error.value.exit_code == exit_code and "\n" not in str(error.value)
+
+
+def test_what_is_missing_is_named(dataset, tmp_path):
+    refused(tmp_path / "none", "There is no folder .*none", 2)
+    refused(dataset, "no images folder .*pictures; set data.images", 2, images="pictures")
+    refused(dataset, "no annotation file .*x.json; set data.train to one of instances_train.json", 2, train="x.json")
+    refused(dataset, "no annotation file .*x.json, which data.val names", 2, val="x.json")
+    refused(dataset, "no annotation file .*x.json, which data.test names", 2, test="x.json")
+    assert set(source(SETTINGS, dataset).files) == {"train", "val"}
+
+
+def test_categories_must_agree(dataset):
+    path = dataset / "instances_val.json"
+    change(path, lambda c: c["categories"].reverse())
+    change(path, lambda c: c["categories"].pop(0) and c.update(annotations=[]))
+    source(SETTINGS, dataset)  # another order, one left out: fine
+    change(path, lambda c: c["categories"].append({"id": 9, "name": "emu"}))
+    refused(dataset, r"instances_val.json has the category 'emu' \(id 9\), which .*train.json lacks; add", 1)
+    change(path, lambda c: c.update(categories=[{"id": 2, "name": "cat"}]))
+    refused(dataset, "Category 2 is 'dog' in .*train.json, but 'cat' in .*val.json", 1)
+
+
+def test_annotations_without_a_usable_box_are_refused(dataset):
+    def edit(content):
+        for annotation in content["annotations"]:
+            annotation["bbox"][2] = 0
+
+    change(dataset / "instances_train.json", edit)
+    refused(dataset, r"train.json has no box that can be trained on \(the first of 20: the box has no area\)", 1)
+
+
+@pytest.mark.ray
+def test_blood_cells_come_back_as_they_were(ray_cluster, shared_data, tmp_path):
+    settings = validate_settings({"data": {"name": "cells"}})
+    result, record = run(shared_data / "bccd", tmp_path, settings)
+    assert result["images"] == {"train": 205, "val": 87, "test": 72} and result["rejected_images"] == 0
+    assert result["boxes"] == {"train": 2804, "val": 1137, "test": 945} and result["rejected_annotations"] == 2
+    assert [c["name"] for c in record["categories"]] == ["RBC", "WBC", "Platelets"]
+    for split in result["images"]:
+        given = json.loads((shared_data / "bccd" / f"instances_{split}.json").read_text())
+        table = rows(tmp_path, record, split)
+        assert [row["image_id"] for row in table] == sorted(image["id"] for image in given["images"])
+        back = {a["id"]: (row["image_id"], a) for row in table for a in row["annotations"]}
+        assert len(back) == len(given["annotations"])
+        for annotation in given["annotations"]:
+            image_id, kept = back[annotation["id"]]
+            assert image_id == annotation["image_id"] and kept["bbox"] == annotation["bbox"]
+            assert kept["category_id"] == annotation["category_id"] and kept["area"] == annotation["area"]
+            assert (kept["reject"] == "the box has no area") == (0 in annotation["bbox"][2:])
+
+
+@pytest.mark.ray
+def test_odd_images_are_rows_or_rejects(ray_cluster, shared_data, tmp_path):
+    """42 files of odd formats and damage: the 34 that Pillow decodes are rows, 8 are rejected."""
+    manifest = json.loads((shared_data / "edge_cases" / "manifest.json").read_text())
+    images = [
+        {
+            "id": n,
+            "file_name": entry["file"],
+            "width": entry["size"][0] if entry["size"] else 10,
+            "height": entry["size"][1] if entry["size"] else 10,
+        }
+        for n, entry in enumerate(manifest)
+    ]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "images").symlink_to(shared_data / "edge_cases" / "images")
+    boxes = [{"id": n, "image_id": n, "category_id": 2, "bbox": [0, 0, 1, 1]} for n in range(len(images))]
+    content = {"images": images, "annotations": boxes, "categories": CATEGORIES}
+    for split in ("train", "val"):
+        (folder / f"instances_{split}.json").write_text(json.dumps(content))
+    result, record = run(folder, tmp_path / "out", validate_settings({"ingest": {"max_reject_fraction": 0.2}}))
+    assert result["images"]["train"] == 34 and result["rejected_images"] == 16
+    table = {row["file_name"]: row for row in rows(tmp_path / "out", record, "train")}
+    assert table.keys() == {entry["file"] for entry in manifest if entry["pillow"] == "decodes"}
+    for entry in manifest:
+        if entry["file"] in table:
+            row = table[entry["file"]]
+            assert row["exif_orientation"] == (entry["exif_orientation"] or 1), entry["file"]
+            assert hashlib.md5(row["image"]).hexdigest() == entry["md5"]

@@ -1,0 +1,72 @@
+"""Local paths and s3:// URIs, and what is said when they cannot be opened."""
+
+import http.server
+import threading
+
+import pytest
+
+from pipelines.settings import UserError
+from pipelines.storage import _s3, filesystem
+
+
+@pytest.fixture
+def refusing_s3(monkeypatch):
+    """An S3 endpoint that has one bucket, `closed`, and refuses it."""
+
+    class Refuse(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            closed = self.path.startswith("/closed")
+            code, status = (b"AccessDenied", 403) if closed else (b"NoSuchBucket", 404)
+            body = b"<Error><Code>%s</Code><Message>no</Message></Error>" % code
+            self.send_response(status)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    _s3.cache_clear()
+    yield
+    _s3.cache_clear()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_local_file_is_read_by_path_and_by_uri(tmp_path):
+    (tmp_path / "a b.txt").write_bytes(b"hello")
+    for uri in (tmp_path / "a b.txt", (tmp_path / "a b.txt").as_uri()):
+        fs, path = filesystem(uri)
+        assert fs.open_input_file(path).read() == b"hello"
+
+
+@pytest.mark.parametrize(
+    "uri, words",
+    [
+        ("no/such/folder", "There is no file or folder no/such/folder"),
+        ("file:///no/such/folder", "There is no file or folder"),
+        ("s3://", "names no bucket"),
+        ("gs://bucket/x", "a local path or an s3:// URI"),
+    ],
+)
+def test_what_is_not_there_is_said(uri, words):
+    with pytest.raises(UserError, match=words) as error:
+        filesystem(uri)
+    assert error.value.exit_code == 2
+
+
+def test_a_bucket_that_is_missing_or_closed_is_said(refusing_s3):
+    with pytest.raises(UserError, match="access is denied") as error:
+        filesystem("s3://closed/images")
+    assert error.value.exit_code == 2
+    with pytest.raises(UserError, match="There is no bucket or folder s3://missing/images"):
+        filesystem("s3://missing/images")
