@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,11 @@ import pyarrow.parquet as pq
 
 from pipelines.progress import progress
 from pipelines.settings import RunSettings, UserError
+from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json, write_json
+
+if TYPE_CHECKING:
+    from pipelines.detect import Detector
 
 IOU = 0.5  # of the precision-recall curve, the best F1 and the report's mistakes
 
@@ -30,17 +34,6 @@ DETECTIONS = pa.schema(
         ("labels", pa.list_(pa.int32())),
     ]
 )
-
-
-def split_shards(dataset_folder: Path | str, split: str) -> list[str]:
-    """Paths of a split's Parquet shards. Raises UserError where there is no dataset or no such split."""
-    folder = Path(dataset_folder)
-    if not (folder / "dataset.json").is_file():
-        raise UserError(f"{folder} holds no dataset.json; make a dataset with the ingest command.", 2)
-    splits = read_json(folder / "dataset.json")["splits"]
-    if split not in splits:
-        raise UserError(f"The dataset in {folder} has no split {split!r}; it has {', '.join(splits)}.", 2)
-    return [str(folder / shard["path"]) for shard in splits[split]["shards"]]
 
 
 def coco_truth(rows: pa.Table | Iterable[dict[str, Any]], categories: list[dict[str, Any]]) -> dict[str, Any]:
@@ -195,7 +188,6 @@ def evaluate(
     """
     import ray
 
-    from pipelines.feed import read_split
 
     shards = split_shards(dataset_folder, split)
     dataset = read_json(Path(dataset_folder) / "dataset.json")
@@ -267,10 +259,13 @@ class DetectShard:
         self.max_pixels = max_pixels
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return detect_rows(self.detector, batch, self.max_pixels)
+        started = time.monotonic()
+        rows = detect_rows(self.detector, batch, self.max_pixels)
+        seconds = (time.monotonic() - started) / rows.num_rows
+        return rows.append_column("seconds", pa.array([seconds] * rows.num_rows, pa.float64()))
 
 
-def detect_rows(detector: "Detector", rows: pa.Table, max_pixels: int) -> pa.Table:
+def detect_rows(detector: Detector, rows: pa.Table, max_pixels: int) -> pa.Table:
     """Shard rows (image_id, file_name, image) -> a row of detections (DETECTIONS) for each.
 
     Raises RuntimeError for an image that can no longer be decoded: ingest did decode it.

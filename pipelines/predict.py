@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -239,7 +240,14 @@ def _detect_all(
 ) -> Iterator[pa.Table]:
     """The Ray part: rows of DETECTIONS for the images, in their order."""
     import ray
+    from ray.exceptions import RayTaskError
 
+    from detr.checkpoint import CheckpointError, load_checkpoint
+
+    try:
+        load_checkpoint(checkpoint)  # an actor that dies of it says so a minute later and less clearly
+    except CheckpointError as error:
+        raise UserError(f"{error}.") from error
     use_gpu = settings.train.use_gpu
     if use_gpu is None:
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
@@ -267,8 +275,15 @@ def _detect_all(
     )
     stream.context.execution_options.preserve_order = True  # parts are cut from the stream by count
     stream.context.enable_progress_bars = False
-    for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield batch.select(DETECTIONS.names).cast(DETECTIONS)
+    try:
+        for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield batch.select(DETECTIONS.names).cast(DETECTIONS)
+    except RayTaskError as error:  # _read's OSError is in its text only
+        causes = re.findall(r"^OSError: (.+)$", str(error), re.MULTILINE)
+        if not causes:
+            raise
+        why = explain(OSError(causes[-1])).rstrip(".")
+        raise UserError(f"Reading the images failed: {why}; what was done is kept, so run it again.") from error
 
 
 def _read_batch(batch: pa.Table) -> pa.Table:

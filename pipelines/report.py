@@ -16,8 +16,9 @@ import yaml
 from PIL import Image
 
 from detr.draw import class_colours, draw_truth_and_detections
-from pipelines.evaluate import coco_truth, detections_to_coco, match_detections, split_shards
+from pipelines.evaluate import coco_truth, detections_to_coco, match_detections
 from pipelines.settings import RunSettings, UserError
+from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json
 
 SHOWN, MISTAKES = 12, 8  # pictures
@@ -125,7 +126,6 @@ class _Scenes:
     """A split's images with its truth and what was found above the threshold."""
 
     def __init__(self, dataset_folder: Path, split: str, categories: list, evaluation: Path, threshold: float):
-        from pipelines.feed import read_split
 
         self.shards = split_shards(dataset_folder, split)
         self.categories = categories

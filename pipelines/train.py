@@ -30,10 +30,11 @@ from detr.matcher import NonFiniteOutputs
 from detr.model import DETR, count_parameters
 from detr.queries import make_denoising_queries
 from pipelines.detect import Detector
-from pipelines.evaluate import coco_metrics, coco_truth, detect_rows, detections_to_coco, read_split, split_shards
+from pipelines.evaluate import coco_metrics, coco_truth, detect_rows, detections_to_coco
 from pipelines.feed import Feed, open_feed
 from pipelines.progress import console, progress
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings, parse_budget
+from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json, write_json
 from pipelines.tracking import Tracker
 
