@@ -29,15 +29,33 @@ class MultiheadAttention(nn.Module):
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         ]
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        bias: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """query [B, Q, D], key and value [B, K, D] -> [B, Q, D].
 
         mask: bool, true where attention is allowed, broadcastable to [B, heads, Q, K]; none allows all.
+        bias: factors [B, heads, Q, E] and [B, K, E], float32, whose product is added to the logits. They ride
+        along as further channels of query and key, so that no tensor of all pairs is made.
         """
         q, k, v = self._project(query, key, value)
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return self.out_proj(merge_heads(x))
+        if bias is None:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            return self.out_proj(merge_heads(x))
+        dim, (left, right) = q.shape[-1], bias
+        right = right[:, None].expand(-1, self.heads, -1, -1)
+        with torch.autocast(q.device.type, enabled=False):  # the products are large and cancel: float32
+            q = torch.cat([q.float(), left * dim**0.5], -1)
+            k = torch.cat([k.float(), right], -1)
+            v = F.pad(v.float(), (0, left.shape[-1]))  # the fused kernel wants equal widths
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=dim**-0.5)
+        return self.out_proj(merge_heads(x[..., :dim]).to(query.dtype))
 
     def weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
         """The attention weights themselves, [B, heads, Q, K]: the slow path, for pictures."""

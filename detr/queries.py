@@ -129,23 +129,14 @@ class AnchorDecoderLayer(nn.Module):
 
     def forward(
         self, tgt: Tensor, query_pos: Tensor, anchors: Tensor, memory: Tensor, pos: Tensor, cells: Tensor,
-        self_mask: Tensor | None,
+        mask: Tensor, self_mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """tgt, query_pos [B, Q, D], anchors [B, Q, 4], memory, pos [B, N, D], cells [B, N, 2]: centres of the
-        memory's cells as x, y in 0..1, infinite where padded -> [B, Q, D]."""
+        """tgt, query_pos [B, Q, D], anchors [B, Q, 4], memory, pos [B, N, D], cells from `_cell_features`,
+        mask [B, 1, 1, N] true where the memory is not padding -> [B, Q, D]."""
         x = tgt + query_pos
         tgt = self.norm1(tgt + self.dropout(self.self_attn(x, x, tgt, self_mask)))
         place = self.place(tgt).float().unflatten(-1, (-1, 3)).transpose(1, 2)  # [B, heads, Q, 3]
-        centre, size = anchors[:, None, :, :2], anchors[:, None, :, 2:].clamp(min=0.02)
-        target = (centre + place[..., :2] * size) / size
-        sharpness = place[..., 2].exp()
-        # Squared distance in units of the box, axis by axis: no tensor of pairs and axes is made.
-        distance = 0.0
-        for axis in (0, 1):
-            cell = cells[:, None, None, :, axis] / size[..., axis, None]
-            distance = distance + (cell - target[..., axis, None]).square()
-        bias = (-sharpness[..., None] * distance).clamp(min=-1e4).to(tgt.dtype)
-        x = self.multihead_attn(tgt + query_pos, memory + pos, memory, bias)
+        x = self.multihead_attn(tgt + query_pos, memory + pos, memory, mask, (_pull(place, anchors), cells))
         tgt = self.norm2(tgt + self.dropout(x))
         x = self.linear2(self.dropout(self.linear1(tgt).relu()))
         return self.norm3(tgt + self.dropout(x))
@@ -181,7 +172,8 @@ class AnchorDecoder(nn.Module):
         -> (normalised outputs [L, B, P + Q, D], boxes [L, B, P + Q, 4])."""
         batch = memory.shape[0]
         pos = position(mask).to(memory.dtype).flatten(2).transpose(1, 2)
-        cells = _cell_centres(mask)
+        cells = _cell_features(mask)
+        key_mask = ~mask.flatten(1)[:, None, None, :]
         memory = memory.flatten(2).transpose(1, 2)
         tgt = self.content.expand(batch, -1, -1)
         anchors = self.anchors.sigmoid().expand(batch, -1, -1)
@@ -196,7 +188,7 @@ class AnchorDecoder(nn.Module):
         outputs, boxes = [], []
         for layer in self.layers:
             query_pos = self.box_position(sine_of_boxes(anchors, self.dim // 2).to(memory.dtype))
-            tgt = layer(tgt, query_pos, anchors, memory, pos, cells, self_mask)
+            tgt = layer(tgt, query_pos, anchors, memory, pos, cells, key_mask, self_mask)
             normed = self.norm(tgt)
             box = (bbox_embed(normed).float() + inverse_sigmoid(anchors)).sigmoid()
             outputs.append(normed)
@@ -205,12 +197,25 @@ class AnchorDecoder(nn.Module):
         return torch.stack(outputs), torch.stack(boxes)
 
 
-def _cell_centres(mask: Tensor) -> Tensor:
-    """Centres of the unpadded cells as x, y in 0..1 of the unpadded part, [B, h * w, 2]; far away where padded."""
+def _cell_features(mask: Tensor) -> Tensor:
+    """x², x, y², y, 1 of the cells' centres, x and y from -0.5 to 0.5 over the unpadded part: [B, h * w, 5]."""
     valid = ~mask
-    y = (valid.cumsum(1) - 0.5) / valid.sum(1, keepdim=True).clamp(min=1)
-    x = (valid.cumsum(2) - 0.5) / valid.sum(2, keepdim=True).clamp(min=1)
-    return torch.stack([x, y], -1).masked_fill(mask[..., None], 1e3).flatten(1, 2)
+    y = (valid.cumsum(1) - 0.5) / valid.sum(1, keepdim=True).clamp(min=1) - 0.5
+    x = (valid.cumsum(2) - 0.5) / valid.sum(2, keepdim=True).clamp(min=1) - 0.5
+    return torch.stack([x.square(), x, y.square(), y, torch.ones_like(x)], -1).flatten(1, 2)
+
+
+def _pull(place: Tensor, anchors: Tensor) -> Tensor:
+    """What, times `_cell_features`, is minus the sharp squared distance from each head's place in box units.
+
+    place [B, heads, Q, 3] (x, y in units of the box, log sharpness), anchors [B, Q, 4] -> [B, heads, Q, 5].
+    """
+    size = anchors[:, None, :, 2:].clamp(min=0.02)
+    target = anchors[:, None, :, :2] - 0.5 + place[..., :2] * size
+    weight = -place[..., 2:].exp() / size.square()  # of each axis' squared distance in the image
+    constant = (weight * target.square()).sum(-1)
+    (wx, wy), (tx, ty) = weight.unbind(-1), target.unbind(-1)
+    return torch.stack([wx, -2 * wx * tx, wy, -2 * wy * ty, constant], -1)
 
 
 def _grid_of_anchors(number: int) -> Tensor:

@@ -81,9 +81,7 @@ def _fail(message: str, code: int, as_json: bool) -> None:
 def ray_session(settings) -> Iterator[None]:
     """Ray for the time of a command: started here, or the cluster of `cluster.address`."""
     # Quiet: the stages say themselves what happens.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import logging
 
@@ -102,7 +100,11 @@ def ray_session(settings) -> Iterator[None]:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
     except ConnectionError as error:
         raise UserError(f"There is no Ray cluster at {settings.cluster.address}: {error}") from error
-    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+    import ray.data
+    import ray.train
+    import ray.tune
+
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):  # their own imports set them up
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:

@@ -11,7 +11,7 @@ from jobs.common import job, ray_session
 @click.option("--input", "images", metavar="FOLDER|s3://…|LIST|COCO", help="Images to detect on.")
 @click.option("--model", metavar="models:/NAME@champion|FOLDER", help="By default the champion for this dataset.")
 @click.option("--show", metavar="IMAGE", help="Detect on one image, without Ray, and write it with boxes drawn.")
-@click.option("--output", metavar="FILE", help="With --show: the picture to write; by default IMAGE.detections.png here.")
+@click.option("--output", metavar="FILE", help="The picture --show writes; by default IMAGE.detections.png here.")
 @job("detr predict --input path/to/images --model models:/sample@champion")
 def main(
     settings, store: Path, images: str | None, model: str | None, show: str | None, output: str | None

@@ -104,6 +104,14 @@ def champion(tracker: Tracker, model_name: str) -> dict[str, Any] | None:
     return _info(found) if found else None
 
 
+def newest_version(tracker: Tracker, model_name: str) -> str:
+    """The highest version number of a registered model. Raises UserError if it has none."""
+    versions = tracker.client().search_model_versions(f"name = '{model_name}'")
+    if not versions:
+        raise UserError(f"MLflow at {tracker.uri} has no version of {model_name!r}; run `detr register` first.", 2)
+    return str(max(int(version.version) for version in versions))
+
+
 def promote(
     settings: RunSettings,
     tracker: Tracker,

@@ -108,7 +108,7 @@ class TrainSettings(Settings):
     clip_max_norm: float = Field(1.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
     lr_schedule: Literal["step", "cosine"] = "cosine"
-    lr_drop: float = Field(0.8, gt=0, le=1, description="step schedule: share of the training before lr is cut to a tenth")
+    lr_drop: float = Field(0.8, gt=0, le=1, description="step schedule: share of it before the cut to a tenth")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="moving average of the weights; 0 switches it off")
     validations: int = Field(6, gt=0, description="how often AP is measured during the training")
     augment: AugmentSettings = AugmentSettings()

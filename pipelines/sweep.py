@@ -91,7 +91,7 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     tracker.log_metrics(run_id, {"best/AP": best["AP"]})
     for row in rows:
         words = ", ".join(f"{k}={v}" for k, v in row["changes"].items()) or "the present settings"
-        console.print(f"  AP {row['AP']:.4f}: {words}" if row["AP"] is not None else f"  failed: {words}: {row['error']}")
+        console.print(f"  failed: {words}: {row['error']}" if row["AP"] is None else f"  AP {row['AP']:.4f}: {words}")
     return {"best": best["changes"], "best_config": "best.yaml", "trials": rows, "run_id": run_id}
 
 

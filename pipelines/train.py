@@ -225,7 +225,8 @@ def _train_step(
         for labels, boxes in zip(batch["labels"].split(counts), batch["boxes"].split(counts), strict=True)
     ]
     # A generator of the step's own: the noise does not depend on what came before.
-    generator = torch.Generator().manual_seed(hash((settings.seed, step, rank)) % 2**63)
+    seed = np.random.SeedSequence((settings.seed, step, rank)).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(seed))
     denoising = make_denoising_queries(targets, model.denoising, model.num_classes, generator)
     net.train()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):

@@ -53,8 +53,11 @@ def sweep_stage(settings: RunSettings, store: Path, data: Record) -> Record:
 
     name = f"{data['result']['name']}-sweep"
     chosen = {**_training_settings(settings), "sweep": settings.sweep.model_dump()}
-    return _stage(store, "sweep", chosen, {"dataset": data["result"]["digest"]},
-                  lambda folder: sweep(settings, Path(data["folder"]), folder, _tracker(settings, store, data), name))  # fmt: skip
+
+    def work(folder: Path) -> dict[str, Any]:
+        return sweep(settings, Path(data["folder"]), folder, _tracker(settings, store, data), name)
+
+    return _stage(store, "sweep", chosen, {"dataset": data["result"]["digest"]}, work)
 
 
 def train_stage(settings: RunSettings, store: Path, data: Record) -> Record:
@@ -358,6 +361,14 @@ def _timed(stage: str, work: Callable[[], dict[str, Any]]) -> Record:
     return record
 
 
+_SAID: set[str] = set()
+
+
 def _say(record: Record) -> None:
+    """One line per stage, once in a process: stages are looked up by those that stand on them."""
+    name = f"{record['stage']} {record.get('key')}"
+    if name in _SAID:
+        return
+    _SAID.add(name)
     how = "already done" if record["reused"] else f"done in {record['seconds']:.1f} s"
     console.print(f"[bold]{record['stage']}[/bold] {how}")

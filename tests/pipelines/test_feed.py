@@ -1,0 +1,106 @@
+"""The stream of training images: a pure function of seed, epoch and position, for any number of workers."""
+from __future__ import annotations
+
+import io
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from detr.config import ModelConfig
+from pipelines.feed import epoch_order, open_feed
+from pipelines.settings import AugmentSettings
+from pipelines.stage import write_json
+
+ROWS = (5, 4, 2)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Eleven images in three shards; image i is grey of value 10 * i and holds i % 3 boxes."""
+    folder = tmp_path_factory.mktemp("dataset")
+    shards, n = [], 0
+    for k, rows in enumerate(ROWS):
+        records = []
+        for _ in range(rows):
+            data = io.BytesIO()
+            Image.new("RGB", (64, 48), (10 * n,) * 3).save(data, "PNG")
+            boxes = [[8.0 * j, 4.0, 8.0 * j + 16, 36.0] for j in range(n % 3)]
+            records.append({"image_id": 100 + n, "image": data.getvalue(), "boxes": boxes, "labels": [1] * len(boxes)})
+            n += 1
+        schema = pa.schema([("image_id", pa.int64()), ("image", pa.binary()),
+                            ("boxes", pa.list_(pa.list_(pa.float32(), 4))), ("labels", pa.list_(pa.int32()))])  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(records, schema), folder / f"train-{k}.parquet")
+        shards.append({"path": f"train-{k}.parquet", "rows": rows})
+    write_json(folder / "dataset.json", {"splits": {"train": {"shards": shards}}})
+    return folder
+
+
+def feed(dataset, batch_size=2, rank=0, workers=1, seed=0, **augment):
+    model = ModelConfig.model_validate("tiny")
+    settings = AugmentSettings(**{"recipe": "none", **augment})
+    return open_feed(dataset, "train", model, settings, 10**6, batch_size, seed, rank, workers)
+
+
+def test_every_epoch_is_a_permutation_and_no_two_are_alike():
+    orders = [epoch_order(ROWS, 0, epoch) for epoch in range(4)]
+    for order in orders:
+        assert sorted(order) == list(range(sum(ROWS)))
+    assert len({tuple(o) for o in orders}) == 4
+    assert list(epoch_order(ROWS, 0, 2)) == list(orders[2])
+    assert list(epoch_order(ROWS, 1, 0)) != list(orders[0])
+
+
+def test_nothing_is_dropped_where_epochs_meet(dataset):
+    one = feed(dataset, batch_size=4)
+    steps = 11  # 44 images are exactly four epochs of eleven
+    seen = Counter(row for step in range(steps) for _, row in one.indices(step))
+    assert seen == {row: 4 for row in range(11)}
+
+
+def test_two_workers_see_what_one_worker_with_twice_the_batch_sees(dataset):
+    whole = feed(dataset, batch_size=4, recipe="light", scale=0.3, colour=0.2)
+    halves = [feed(dataset, batch_size=2, rank=r, workers=2, recipe="light", scale=0.3, colour=0.2) for r in (0, 1)]
+    for step in (0, 1, 5):
+        full, parts = whole.batch(step), [half.batch(step) for half in halves]
+        for key in ("image_ids", "boxes", "labels", "counts", "sizes"):
+            assert torch.equal(full[key], torch.cat([p[key] for p in parts])), key
+
+
+def test_a_batch_depends_on_the_step_alone(dataset):
+    a, b = feed(dataset, recipe="light"), feed(dataset, recipe="light")
+    for step in range(3):
+        a.batch(step)
+    for key, value in a.batch(3).items():
+        assert torch.equal(value, b.batch(3)[key]), key
+
+
+def test_pixels_and_boxes_arrive_as_stored(dataset):
+    one = feed(dataset, batch_size=11)
+    batch = one.batch(0)
+    assert batch["images"].shape == (11, 3, 64, 64) and batch["images"].dtype == torch.uint8
+    assert batch["sizes"].tolist() == [[48, 64]] * 11
+    at = 0
+    for image, image_id, count in zip(batch["images"], batch["image_ids"], batch["counts"], strict=True):
+        n = int(image_id) - 100
+        assert (image[:, :48] == 10 * n).all() and (image[:, 48:] == 0).all()
+        assert count == n % 3
+        for j, box in enumerate(batch["boxes"][at : at + count]):
+            expected = [(8 * j + 8) / 64, 20 / 48, 16 / 64, 32 / 48]
+            np.testing.assert_allclose(box, expected, atol=1e-6)
+        at += int(count)
+
+
+@pytest.mark.ray
+def test_ray_streams_the_same_batches_from_any_step(dataset, ray_cluster):
+    one = feed(dataset, batch_size=2, recipe="light")
+    stream = one.stream(3)
+    for step in range(3, 3 + 70):  # more than one task prepares
+        batch = next(stream)
+        assert int(batch["step"]) == step
+        assert torch.equal(batch["images"], one.batch(step)["images"])
+    stream.close()

@@ -1,0 +1,114 @@
+"""Settings: one source of defaults, errors that name the right key, overrides that win."""
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from detr.config import PRESETS, ModelConfig
+from pipelines.settings import (
+    RunSettings,
+    UserError,
+    digest,
+    load_settings,
+    override_settings,
+    parse_budget,
+)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", "did you mean 'train.lr'"),
+        ("trian.lr=1", "did you mean 'train'"),
+        ("model.num_querys=5", "did you mean 'model.num_queries'"),
+        ("train.budget=soon", "'12 minutes'"),
+        ("train.lr=fast", "train.lr"),
+        ("model.preset=detr_resnet5", "detr_resnet50"),
+        ("nothing", "key=value"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_with_exit_code_2(override, words):
+    with pytest.raises(UserError) as caught:
+        load_settings(None, [override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_misspelt_key_in_a_file_names_file_and_key(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  batchsize: 4\n")
+    with pytest.raises(UserError, match=r"train\.batchsize.*mine\.yaml.*train\.batch_size"):
+        load_settings(path)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "just words"])
+def test_a_file_that_holds_no_settings_is_one_sentence(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        load_settings(path)
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  lr: 1.0e-3\n  batch_size: 4\n")
+    settings = load_settings(path, ["train.lr=2e-4"])
+    assert (settings.train.lr, settings.train.batch_size) == (2e-4, 4)
+    assert settings.train.weight_decay == RunSettings().train.weight_decay
+
+
+def test_what_is_printed_is_read_back_as_the_same_settings(tmp_path):
+    settings = load_settings(None, ["model.preset=detr_resnet50", "loss.cost_giou=3"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    assert load_settings(path) == settings
+
+
+def test_a_model_told_in_part_keeps_the_default_presets_rest():
+    settings = load_settings(None, ["model.num_queries=7"])
+    assert settings.model == ModelConfig.model_validate({"preset": "tiny", "num_queries": 7})
+
+
+def test_the_focal_losses_weights_follow_the_model_and_yield_to_what_is_told():
+    assert load_settings().loss.cost_class == 2
+    assert load_settings(None, ["model.preset=detr_resnet50"]).loss.cost_class == 1
+    assert load_settings(None, ["loss.cost_class=5"]).loss.cost_class == 5
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid(name):
+    ModelConfig.model_validate(name)
+
+
+def test_shipped_settings_files_are_valid():
+    from pathlib import Path
+
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        load_settings(file)
+
+
+def test_settings_cannot_be_changed_in_place():
+    settings = RunSettings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.train.lr = 1.0
+    changed = override_settings(settings, {"train.lr": 1e-3})
+    assert changed.train.lr == 1e-3 and settings.train.lr != 1e-3
+
+
+def test_budgets():
+    assert parse_budget("300 epochs") == (300, "epochs")
+    assert parse_budget("5000 steps") == (5000, "steps")
+    assert parse_budget("1.5 minutes") == (90, "seconds")
+    assert parse_budget("2h") == (7200, "seconds")
+    for wrong in ("0 steps", "-1 epochs", "12", "12 parsecs", ""):
+        with pytest.raises(ValueError, match="length"):
+            parse_budget(wrong)
+
+
+def test_the_digest_ignores_key_order_and_nothing_else():
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    assert digest([1, 2]) != digest([2, 1])
