@@ -50,10 +50,11 @@ class MultiheadAttention(nn.Module):
             return self.out_proj(merge_heads(x))
         dim, (left, right) = q.shape[-1], bias
         right = right[:, None].expand(-1, self.heads, -1, -1)
-        with torch.autocast(q.device.type, enabled=False):  # the products are large and cancel: float32
-            q = torch.cat([q.float(), left * dim**0.5], -1)
-            k = torch.cat([k.float(), right], -1)
-            v = F.pad(v.float(), (0, left.shape[-1]))  # the fused kernel wants equal widths
+        wide = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):  # the products are large and cancel: float32 or more
+            q = torch.cat([q.to(wide), left.to(wide) * dim**0.5], -1)
+            k = torch.cat([k.to(wide), right.to(wide)], -1)
+            v = F.pad(v.to(wide), (0, left.shape[-1]))  # the fused kernel wants equal widths
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=dim**-0.5)
         return self.out_proj(merge_heads(x[..., :dim]).to(query.dtype))
 

@@ -78,15 +78,19 @@ def load_official(path: Path | str) -> DETR:
     another shape. DC5 has the same weights as its plain model; set `dilation` on the configuration for it.
     """
     state = read_pth(path)
+    preset = "detr_resnet101" if "backbone.0.body.layer3.22.conv1.weight" in state else "detr_resnet50"
     try:
-        classes, hidden = state["class_embed.weight"].shape
-        queries = state["query_embed.weight"].shape[0]
+        heads, queries = list(state["class_embed.weight"].shape), list(state["query_embed.weight"].shape)
+        classes, hidden = heads
+        config = ModelConfig(
+            **{**PRESETS[preset], "num_classes": classes - 1, "hidden_dim": hidden, "num_queries": queries[0]}
+        )
     except KeyError as error:
         raise CheckpointError(f"{path} holds no DETR: it has no {error.args[0]}") from error
-    preset = "detr_resnet101" if "backbone.0.body.layer3.22.conv1.weight" in state else "detr_resnet50"
-    config = ModelConfig(
-        **{**PRESETS[preset], "num_classes": classes - 1, "hidden_dim": hidden, "num_queries": queries}
-    )
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} holds no DETR: class_embed.weight has the shape {heads}, query_embed.weight {queries}"
+        ) from error
     model = DETR(config)
     _load_exactly(model, state, str(path))
     return model.eval()
@@ -99,7 +103,8 @@ def read_pth(path: Path | str) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}") from error
     except Exception as error:
-        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {error}") from error
+        # PyTorch's own message goes on to advise reading the file unsafely.
+        raise CheckpointError(f"{path} cannot be read safely: it is damaged, or holds more than tensors") from error
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path} holds no weights under the key 'model'")

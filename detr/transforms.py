@@ -7,7 +7,9 @@ every function returns new objects. Random choices come from the generator that 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,10 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError("it is not an image of a known format") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"it has more pixels than the limit of {max_pixels}") from error
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError, MemoryError) as error:
+    except (
+        OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError,
+        MemoryError, struct.error, zlib.error,
+    ) as error:  # fmt: skip
         # What Pillow's format plugins raise on damaged files.
         raise ImageError(f"it cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from error
 

@@ -8,6 +8,7 @@ run would have seen, and nothing is dropped at the end of an epoch.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ class Feed:
         return to_uint8(image), target
 
     def stream(self, first_step: int) -> Iterator[dict[str, Tensor]]:
-        """Batches from a step on, without end, prepared ahead by Ray Data tasks."""
+        """Batches from a step on, without end, prepared ahead by Ray Data."""
         steps = max(1, CHUNK_IMAGES // self.batch_size)
         while True:
             # A dataset of bounded length at a time keeps the executor's bookkeeping small.
@@ -157,20 +158,32 @@ def _shard(folder: str, name: str) -> pa.Table:
     return pq.read_table(Path(folder) / name, columns=["image_id", "image", "boxes", "labels"], memory_map=True)
 
 
+class _Prepare:
+    """Ray Data actor: number of a chunk -> its batches, as safetensors bytes."""
+
+    def __init__(self, feed: Feed, first_step: int, steps: int):
+        torch.set_num_threads(1)
+        self.feed, self.first_step, self.steps = feed, first_step, steps
+
+    def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
+        start = self.first_step + int(row["id"][0]) * self.steps
+        return {"batch": [save_tensors(self.feed.batch(step)) for step in range(start, start + self.steps)]}
+
+
 def _stream_chunks(feed: Feed, first_step: int, steps: int, chunks: int) -> Iterator[dict[str, Tensor]]:
     import ray
-
-    def prepare(batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
-        torch.set_num_threads(1)
-        start = first_step + int(batch["id"][0]) * steps
-        return {"batch": [save_tensors(feed.batch(step)) for step in range(start, start + steps)]}
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    # Half of a machine's cores prepare at the most: the step beside them needs the others.
+    most = max(1, (os.cpu_count() or 1) // 2 // feed.workers)
     data = ray.data.range(chunks, override_num_blocks=chunks).map_batches(
-        prepare, batch_size=1, num_cpus=1, concurrency=2
+        _Prepare,
+        fn_constructor_args=(feed, first_step, steps),
+        batch_size=1,
+        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
     )
     expected = first_step
     for row in data.iter_rows():

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pipelines.progress import console
-from pipelines.settings import RunSettings, UserError, override_settings
+from pipelines.settings import RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, write_json
 from pipelines.tracking import Tracker
 from pipelines.train import train
@@ -43,19 +43,19 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     base = settings.model_dump(mode="json")
 
     def trial(config: dict[str, Any]) -> None:
-        # One validation at the end; a Train run in this very process needs no workers of its own.
-        changes = {**config, "train.budget": options.budget, "train.validations": 1, "train.num_workers": 0}
+        """A Tune trial: a Ray Train run of its own, named by what it tries, so that it can be taken up again."""
+        changes = {**config, "train.budget": options.budget, "train.validations": 1}
         mine = override_settings(RunSettings.model_validate(base), changes)
-        number = tune.get_context().get_trial_id().rsplit("_", 1)[-1]
-        place = folder / "trials" / number
+        key = digest(config, 8)
+        place = folder / "trials" / key
         place.mkdir(parents=True, exist_ok=True)
         tags = {"mlflow.parentRunId": run_id, "detr.stage": "trial"}
-        found = train(mine, dataset_folder, place, tracker, f"{name}-{number}", tags)
+        found = train(mine, dataset_folder, place, tracker, f"{name}-{key}", tags)
         tune.report({key: found[key] for key in ("AP", "AP50", "steps", "images_per_second", "run_id")})
 
     console.print(f"Sweep of {options.trials} trials, {options.budget} each.")
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 1}),
+        tune.with_resources(trial, {"CPU": 0.1}),  # its worker asks for its own
         param_space={key: tune.choice(values) for key, values in options.space.items()},
         tune_config=tune.TuneConfig(
             metric="AP",

@@ -115,7 +115,7 @@ def train(
         tracker.end_run(run_id, status)
 
     summary = result.return_value
-    if workers:  # a run inside this process, as a sweep's trial, leaves figures and no checkpoint
+    if result.best_checkpoints:  # none with num_workers 0: a trial run in this process leaves figures only
         best = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], -pair[1]["step"]))[0]
         with best.as_directory() as place:
             part = folder / ".checkpoint"

@@ -331,8 +331,8 @@ def weights_digest(checkpoint: Path) -> str:
 def _training_settings(settings: RunSettings) -> dict[str, Any]:
     """The settings a training depends on."""
     groups = settings.model_dump(mode="json")
-    chosen = {key: groups[key] for key in ("seed", "model", "loss", "train", "evaluate")}
-    return {**chosen, "max_pixels": settings.ingest.max_pixels}
+    chosen = {key: groups[key] for key in ("seed", "model", "loss", "train")}
+    return {**chosen, "max_dets": settings.evaluate.max_dets, "max_pixels": settings.ingest.max_pixels}
 
 
 def _tracker(settings: RunSettings, store: Path, data: Record):
@@ -356,7 +356,9 @@ def _stage(
 def _timed(stage: str, work: Callable[[], dict[str, Any]]) -> Record:
     started = time.monotonic()
     result = work()
-    record = {"stage": stage, "result": result, "seconds": round(time.monotonic() - started, 2), "reused": False}
+    seconds = round(time.monotonic() - started, 2)
+    record = {"stage": stage, "version": 1, "key": digest(result), "result": result, "seconds": seconds}
+    record["reused"] = False
     _say(record)
     return record
 

@@ -32,8 +32,9 @@ def dataset(tmp_path_factory):
             boxes = [[8.0 * j, 4.0, 8.0 * j + 16, 36.0] for j in range(n % 3)]
             records.append({"image_id": 100 + n, "image": data.getvalue(), "boxes": boxes, "labels": [1] * len(boxes)})
             n += 1
-        schema = pa.schema([("image_id", pa.int64()), ("image", pa.binary()),
-                            ("boxes", pa.list_(pa.list_(pa.float32(), 4))), ("labels", pa.list_(pa.int32()))])  # fmt: skip
+        boxes = pa.list_(pa.list_(pa.float32(), 4))
+        labels = pa.list_(pa.int32())
+        schema = pa.schema({"image_id": pa.int64(), "image": pa.binary(), "boxes": boxes, "labels": labels})
         pq.write_table(pa.Table.from_pylist(records, schema), folder / f"train-{k}.parquet")
         shards.append({"path": f"train-{k}.parquet", "rows": rows})
     write_json(folder / "dataset.json", {"splits": {"train": {"shards": shards}}})

@@ -1,0 +1,171 @@
+"""Anchor and denoising queries: what they start as, and who may see whom."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from detr.config import DenoisingConfig, ModelConfig
+from detr.model import DETR, all_layers
+from detr.queries import denoising_mask, make_denoising_queries
+
+CONFIG = ModelConfig(
+    preset="tiny", hidden_dim=32, nheads=4, dim_feedforward=64, num_queries=10, num_classes=4, dec_layers=2
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def some_targets(counts: list[int]) -> list[dict[str, torch.Tensor]]:
+    g = generator(5)
+    return [
+        {
+            "labels": torch.randint(4, (count,), generator=g),
+            "boxes": torch.rand(count, 4, generator=g) * 0.3 + torch.tensor([0.3, 0.3, 0.1, 0.1]),
+        }
+        for count in counts
+    ]
+
+
+@pytest.fixture(scope="module")
+def model() -> DETR:
+    """In eval mode, with every weight random: those that start as zero hide leaks."""
+    torch.manual_seed(0)
+    model = DETR(CONFIG).eval()
+    nn.init.normal_(model.bbox_embed.layers[-1].weight, std=0.3)
+    nn.init.normal_(model.decoder.label_embed.weight)
+    nn.init.normal_(model.decoder.content)
+    for layer in model.decoder.layers:
+        nn.init.normal_(layer.place.weight, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[1, 48:] = True
+    return torch.randn(2, 3, 64, 96, generator=generator(1)).masked_fill(mask[:, None], 0), mask
+
+
+# ---------------------------------------------------------------- no leak
+
+
+def test_denoising_queries_do_not_reach_the_matched_ones(model, images):
+    denoising = make_denoising_queries(some_targets([3, 1]), CONFIG.denoising, 4, generator())
+    with torch.no_grad():
+        alone, together = model(*images), model(*images, denoising)
+    assert "denoising" not in alone
+    for one, other in zip(all_layers(alone), all_layers(together), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+    assert together["denoising"]["pred_logits"].shape == (2, 2, 9, 4)
+    assert together["denoising"]["pred_boxes"].shape == (2, 2, 9, 4)
+
+
+def test_a_denoising_group_does_not_see_another(model, images):
+    denoising = make_denoising_queries(some_targets([3, 1]), CONFIG.denoising, 4, generator())
+    labels, boxes = denoising.labels.clone(), denoising.boxes.clone()
+    labels[:, 3:6] = (labels[:, 3:6] + 1) % 4  # the second of three groups
+    boxes[:, 3:6] = boxes[:, 3:6] * 0.5 + 0.2
+    with torch.no_grad():
+        before = model(*images, denoising)["denoising"]
+        after = model(*images, replace(denoising, labels=labels, boxes=boxes))["denoising"]
+    for key in ("pred_logits", "pred_boxes"):
+        changed = (before[key] - after[key]).abs().amax((0, 1, 3))
+        assert changed[[0, 1, 2, 6, 7, 8]].max() < 1e-5
+        assert changed[3:6].min() > 1e-3
+
+
+def test_who_may_attend_to_whom():
+    allowed = denoising_mask(num_queries=2, groups=2, slots=2, device=torch.device("cpu"))
+    assert allowed.int().tolist() == [
+        [1, 1, 0, 0, 1, 1],
+        [1, 1, 0, 0, 1, 1],
+        [0, 0, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1, 1],
+        [0, 0, 0, 0, 1, 1],
+        [0, 0, 0, 0, 1, 1],
+    ]
+
+
+# ---------------------------------------------------------------- making them
+
+
+def test_queries_say_which_box_they_stand_for():
+    targets = some_targets([3, 0, 1])
+    config = DenoisingConfig(groups=4, label_noise=0.0, box_noise=0.0)
+    made = make_denoising_queries(targets, config, 4, generator())
+    assert made.labels.shape == (3, 12) and made.boxes.shape == (3, 12, 4) and made.groups == 4
+    labels, boxes = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes"))
+    assert len(made.target) == 16 and torch.bincount(made.target).tolist() == [4, 4, 4, 4]
+    assert torch.equal(made.labels[made.image, made.query], labels[made.target])
+    torch.testing.assert_close(made.boxes[made.image, made.query], boxes[made.target], rtol=0, atol=1e-6)
+    # Every box once in every group.
+    group = made.query // 3
+    assert len(set(zip(group.tolist(), made.target.tolist(), strict=True))) == 16
+    assert set(made.image.tolist()) == {0, 2}
+
+
+def test_noise_keeps_within_its_settings():
+    targets = some_targets([200, 100])
+    config = DenoisingConfig(groups=5, label_noise=0.4, box_noise=0.3)
+    made = make_denoising_queries(targets, config, 50, generator())
+    labels, boxes = (torch.cat([t[key] for t in targets])[made.target] for key in ("labels", "boxes"))
+    got = made.boxes[made.image, made.query]
+    corner = torch.cat([got[:, :2] - got[:, 2:] / 2, got[:, :2] + got[:, 2:] / 2], 1)
+    truth = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1).clamp(0, 1)
+    moved = (corner - truth).abs() / (boxes[:, 2:].repeat(1, 2) / 2)
+    assert moved.max() <= 0.3 + 1e-4 and moved.mean() == pytest.approx(0.15, abs=0.01)
+    assert corner.min() >= -1e-6 and corner.max() <= 1 + 1e-6 and (got[:, 2:] > 0).all()
+    flipped = (made.labels[made.image, made.query] != labels).float().mean()
+    assert flipped == pytest.approx(0.4 * 49 / 50, abs=0.05)
+    assert made.labels.min() >= 0 and made.labels.max() < 50
+
+
+def test_the_generator_decides_the_noise():
+    targets = some_targets([4, 2])
+    first, again, other = (make_denoising_queries(targets, CONFIG.denoising, 4, generator(s)) for s in (1, 1, 2))
+    assert torch.equal(first.boxes, again.boxes) and torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.boxes, other.boxes)
+
+
+def test_nothing_to_denoise_without_boxes_or_groups():
+    assert make_denoising_queries(some_targets([0, 0]), CONFIG.denoising, 4, generator()) is None
+    assert make_denoising_queries(some_targets([2, 1]), DenoisingConfig(groups=0), 4, generator()) is None
+
+
+# ---------------------------------------------------------------- anchors
+
+
+def test_the_first_boxes_are_the_anchors_on_a_grid(images):
+    torch.manual_seed(0)
+    _, boxes = all_layers(DETR(CONFIG).eval()(*images))
+    want = boxes[0, 0]
+    torch.testing.assert_close(boxes, want.expand_as(boxes), rtol=0, atol=1e-5)  # of both layers and images
+    assert len({tuple(centre) for centre in want[:, :2].mul(1e3).round().int().tolist()}) == 10
+    torch.testing.assert_close(want[:, 2:], torch.full((10, 2), 0.25), rtol=0, atol=1e-4)
+    assert want[:, :2].min() < 0.2 and want[:, :2].max() > 0.8
+
+
+def test_a_layer_starts_from_the_boxes_of_the_one_before(model, images):
+    """With a box head that adds a constant, boxes move by it once more in every layer."""
+    moving = DETR(CONFIG).eval()
+    moving.load_state_dict(model.state_dict())
+    nn.init.zeros_(moving.bbox_embed.layers[-1].weight)
+    with torch.no_grad():
+        moving.bbox_embed.layers[-1].bias.copy_(torch.tensor([0.3, -0.2, 0.1, 0.4]))
+        _, boxes = all_layers(moving(*images))
+    step = torch.logit(boxes[1]) - torch.logit(boxes[0])
+    torch.testing.assert_close(step, torch.tensor([0.3, -0.2, 0.1, 0.4]).expand_as(step), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_heads_start_apart_whatever_their_number(heads, images):
+    torch.manual_seed(0)
+    model = DETR(CONFIG.model_copy(update={"nheads": heads})).eval()
+    places = model.decoder.layers[0].place.bias.view(heads, 3)
+    assert len({tuple(place) for place in places.tolist()}) == heads
+    assert torch.isfinite(model(*images)["pred_logits"]).all()

@@ -1,0 +1,310 @@
+"""Images from bytes, and boxes that stay where their objects are."""
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detr.batch import pad_images
+from detr.config import ModelConfig
+from detr.transforms import (
+    TRAIN_SIZES,
+    ImageError,
+    augment_detr,
+    augment_light,
+    boxes_to_targets,
+    crop,
+    decode_image,
+    hflip,
+    input_size,
+    resize,
+    to_uint8,
+    vflip,
+)
+
+LIMIT = 1_000_000
+COLOURS = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20), (20, 250, 250)]
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int = 40, height: int = 30) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_images_come_out_as_they_are(kind):
+    decoded = decode_image(encode(noise(), kind), LIMIT)
+    assert decoded.mode == "RGB" and np.array_equal(np.asarray(decoded), np.asarray(noise()))
+
+
+def png_header_only(width: int, height: int) -> bytes:
+    """A PNG that promises pixels and has none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_the_limit_of_pixels_holds_before_anything_is_decoded():
+    with pytest.raises(ImageError, match="2000x501 is more than the limit of 1000000 pixels"):
+        decode_image(png_header_only(2000, 501), LIMIT)
+    with pytest.raises(ImageError, match="cannot be decoded"):  # within the limit the pixels are missed
+        decode_image(png_header_only(2000, 500), LIMIT)
+    with pytest.raises(ImageError, match="limit of 1000000"):  # where Pillow itself refuses
+        decode_image(png_header_only(60000, 60000), LIMIT)
+    assert decode_image(encode(Image.new("L", (1000, 1000))), LIMIT).size == (1000, 1000)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("PNG", 0.5), ("JPEG", 0.3), ("JPEG", 0.9), ("BMP", 0.5), ("GIF", 0.5)])
+def test_truncated_files_are_refused(kind, share):
+    data = encode(noise(200, 150), kind)
+    with pytest.raises(ImageError):
+        decode_image(data[: int(len(data) * share)], LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"not an image at all", "not an image of a known format"),
+        (b"\x89PNG\r\n\x1a\n", "image"),
+    ],
+)
+def test_what_is_no_image_says_so(data, reason):
+    with pytest.raises(ImageError, match=reason):
+        decode_image(data, LIMIT)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_files_give_an_image_or_a_reason_and_nothing_else():
+    rng = np.random.default_rng(0)
+    refused = 0
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"):
+        data = encode(noise(24, 20), kind)
+        for _ in range(60):
+            damaged = bytearray(data)
+            for at in rng.integers(0, rng.choice([60, len(data)]), rng.integers(1, 8)):
+                damaged[at] = rng.integers(256)
+            try:
+                assert decode_image(bytes(damaged), LIMIT).mode == "RGB"
+            except ImageError as error:
+                assert str(error)
+                refused += 1
+    assert refused > 60
+
+
+def test_errors_of_decoders_are_reasons(monkeypatch):
+    """AVIF's decoder raises RuntimeError, TIFF's struct.error, on damaged files."""
+    for error in (RuntimeError("Decoding of color planes failed"), struct.error("unpack requires 2"), KeyError(3)):
+
+        def fail(self, error=error):
+            raise error
+
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+        monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+        with pytest.raises(ImageError, match="cannot be decoded"):
+            decode_image(encode(noise()), LIMIT)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_greys_are_scaled_and_not_clipped(kind):
+    values = np.array([[0, 257, 128 * 257, 200 * 257 + 100, 65535]], dtype=np.uint16)
+    decoded = decode_image(encode(Image.fromarray(values), kind), LIMIT)
+    assert np.asarray(decoded)[0, :, 0].tolist() == [0, 1, 128, 200, 255]
+    assert decoded.mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore:Palette images:UserWarning")
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK"])
+def test_every_mode_becomes_rgb_and_alpha_is_dropped(mode):
+    image = Image.new("RGBA", (4, 3), (200, 200, 200, 0)).convert(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    decoded = decode_image(encode(image, kind), LIMIT)
+    assert decoded.mode == "RGB" and decoded.size == (4, 3)
+    if mode != "1":
+        assert abs(np.asarray(decoded).astype(int) - 200).max() <= 3
+
+
+def test_an_exif_orientation_is_not_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encode(noise(40, 30), "JPEG", exif=exif), LIMIT).size == (40, 30)
+
+
+# ---------------------------------------------------------------- geometry
+
+
+def painted(seed: int, width: int = 0, height: int = 0) -> tuple[Image.Image, dict]:
+    """Rectangles of one colour each, one per strip of the image; a label is the index of its colour."""
+    rng = np.random.default_rng(seed)
+    width, height = width or int(rng.integers(60, 140)), height or int(rng.integers(60, 140))
+    pixels = np.full((height, width, 3), 128, dtype=np.uint8)
+    order = rng.permutation(len(COLOURS))[: rng.integers(0, len(COLOURS) + 1)]
+    boxes = []
+    for i, label in enumerate(order):
+        left, right = width * i // len(COLOURS), width * (i + 1) // len(COLOURS)
+        x1 = int(rng.integers(left, right - 3))
+        x2 = int(rng.integers(x1 + 2, right))
+        y1 = int(rng.integers(0, height - 3))
+        y2 = int(rng.integers(y1 + 2, height + 1))
+        pixels[y1:y2, x1:x2] = COLOURS[label]
+        boxes.append([x1, y1, x2, y2])
+    target = {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(order, dtype=torch.int64),
+    }
+    return Image.fromarray(pixels), target
+
+
+def seen(image: Image.Image, label: int, tolerance: int = 0) -> np.ndarray:
+    """Where the label's colour stands, [N, 2] as y, x."""
+    return np.argwhere((np.abs(np.asarray(image).astype(int) - COLOURS[label]) <= tolerance).all(-1))
+
+
+def extent(points: np.ndarray) -> list[int]:
+    (y1, x1), (y2, x2) = points.min(0), points.max(0) + 1
+    return [x1, y1, x2, y2]
+
+
+@pytest.mark.parametrize("flip", [hflip, vflip])
+def test_a_flip_moves_boxes_with_their_objects_and_twice_is_the_identity(flip):
+    for seed in range(20):
+        image, target = painted(seed)
+        before = target["boxes"].clone()
+        flipped, after = flip(image, target)
+        for box, label in zip(after["boxes"].tolist(), after["labels"].tolist(), strict=True):
+            assert box == extent(seen(flipped, label))
+        again, back = flip(flipped, after)
+        assert np.array_equal(np.asarray(again), np.asarray(image))
+        assert torch.equal(back["boxes"], before) and torch.equal(target["boxes"], before)
+
+
+def test_light_augmentation_keeps_boxes_on_their_objects_and_inside_the_image():
+    sizes, dropped, total = set(), 0, 0
+    for seed in range(300):
+        image, target = painted(seed)
+        got, after = augment_light(
+            image, target, np.random.default_rng(seed), horizontal_flip=True, vertical_flip=True, scale=0.6, colour=0.0
+        )
+        boxes, labels = after["boxes"], after["labels"]
+        assert len(boxes) == len(labels) and boxes.dtype == torch.float32 and labels.dtype == torch.int64
+        assert (boxes >= 0).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+        assert (boxes[:, 0::2] <= got.width).all() and (boxes[:, 1::2] <= got.height).all()
+        for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
+            assert box == extent(seen(got, label))
+            assert len(seen(got, label)) >= 0.4 * len(seen(image, label)), "a sliver was kept"
+        for label in set(target["labels"].tolist()) - set(labels.tolist()):
+            assert len(seen(got, label)) < 0.4 * len(seen(image, label)), "most of a dropped box is still to be seen"
+            dropped += 1
+        assert 0.39 * image.width <= got.width <= image.width and 0.39 * image.height <= got.height <= image.height
+        sizes.add(got.size == image.size)
+        total += len(target["labels"])
+    assert sizes == {True, False} and 0 < dropped < total / 2
+
+
+def test_light_augmentation_follows_its_settings_and_its_generator():
+    image, target = painted(3)
+    off = {"horizontal_flip": False, "vertical_flip": False, "scale": 0.0, "colour": 0.0}
+    for seed in range(10):
+        same, after = augment_light(image, target, np.random.default_rng(seed), **off)
+        assert np.array_equal(np.asarray(same), np.asarray(image)) and torch.equal(after["boxes"], target["boxes"])
+    on = {"horizontal_flip": True, "vertical_flip": False, "scale": 0.5, "colour": 0.3}
+    runs = [augment_light(image, target, np.random.default_rng(seed), **on)[0] for seed in (1, 1, 2)]
+    assert np.array_equal(np.asarray(runs[0]), np.asarray(runs[1]))
+    assert runs[0].size != runs[2].size or not np.array_equal(np.asarray(runs[0]), np.asarray(runs[2]))
+
+
+def test_colour_changes_pixels_and_no_box():
+    image, target = painted(4)
+    got, after = augment_light(
+        image, target, np.random.default_rng(0), horizontal_flip=False, vertical_flip=False, scale=0.0, colour=0.4
+    )
+    assert torch.equal(after["boxes"], target["boxes"]) and got.size == image.size
+    assert not np.array_equal(np.asarray(got), np.asarray(image))
+
+
+def test_the_published_recipe_keeps_boxes_on_their_objects_and_to_its_sizes():
+    shorter = set()
+    for seed in range(25):
+        image, target = painted(seed, 160, 120)
+        got, after = augment_detr(image, target, np.random.default_rng(seed), 1333)
+        shorter.add(min(got.size))
+        assert max(got.size) <= 1333 and after["size"].tolist() == [got.height, got.width]
+        assert len(after["boxes"]) == len(after["labels"])
+        pixel = 2 + 1.5 * got.width / 70  # one pixel of the source spans several, and edges are blurred
+        for box, label in zip(after["boxes"].tolist(), after["labels"].tolist(), strict=True):
+            points = seen(got, label, tolerance=60)
+            if len(points):  # a sliver of an object may be blurred away
+                assert np.abs(np.array(box) - extent(points)).max() <= pixel
+    assert shorter <= set(TRAIN_SIZES) and len(shorter) > 5
+
+
+def test_a_crop_drops_what_it_leaves_out_and_counts_the_rest_anew():
+    target = {
+        "boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 30], [5, 5, 30, 25]]),
+        "labels": torch.tensor([1, 2, 3]),
+        "area": torch.tensor([100.0, 200, 500]),
+        "iscrowd": torch.tensor([0, 1, 0]),
+    }
+    image, after = crop(noise(), target, (10, 15, 20, 15))  # x 15..30, y 10..30
+    assert image.size == (15, 20) and after["size"].tolist() == [20, 15]
+    assert after["boxes"].tolist() == [[5, 10, 15, 20], [0, 0, 15, 15]]
+    assert after["labels"].tolist() == [2, 3] and after["iscrowd"].tolist() == [1, 0]
+    assert after["area"].tolist() == [100, 225]
+    assert target["labels"].tolist() == [1, 2, 3]
+
+
+def test_an_image_without_boxes_passes_through_everything():
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        _, after = augment_light(noise(), empty, rng, horizontal_flip=True, vertical_flip=True, scale=0.5, colour=0.2)
+        _, published = augment_detr(noise(), empty, rng, 1333)
+        assert after["boxes"].shape == published["boxes"].shape == (0, 4)
+        assert len(after["labels"]) == len(published["labels"]) == 0
+    assert resize(noise(), empty, 20)[1]["boxes"].shape == (0, 4)
+    assert boxes_to_targets(empty["boxes"], 40, 30).shape == (0, 4)
+
+
+def test_input_size_enlarges_only_when_asked():
+    tiny = ModelConfig(preset="tiny")  # 192, at most 256, no upscaling
+    assert input_size(tiny, 100, 80) == (100, 80)
+    assert input_size(tiny, 400, 400) == (192, 192)
+    assert input_size(tiny, 1000, 500) == (256, 128)
+    assert input_size(tiny, 1000, 100) == (260, 26)  # the official rule rounds the shorter side first
+    published = ModelConfig()
+    assert input_size(published, 100, 80) == (1000, 800)
+    assert input_size(published, 2000, 500) == (1332, 333)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_padding_goes_right_and_below_up_to_the_multiple():
+    images = [to_uint8(noise(40, 30)), to_uint8(noise(20, 33))]
+    batch, sizes = pad_images(images, 32)
+    assert batch.shape == (2, 3, 64, 64) and sizes.tolist() == [[30, 40], [33, 20]]
+    for slot, image in zip(batch, images, strict=True):
+        assert torch.equal(slot[:, : image.shape[1], : image.shape[2]], image)
+        assert slot.sum() == image.sum()
+    assert pad_images(images)[0].shape == (2, 3, 33, 40)
+
+
+def test_boxes_become_shares_of_the_image():
+    boxes = boxes_to_targets(torch.tensor([[10.0, 20, 30, 60], [0, 0, 200, 100]]), 200, 100)
+    torch.testing.assert_close(boxes, torch.tensor([[0.1, 0.4, 0.1, 0.4], [0.5, 0.5, 1.0, 1.0]]))

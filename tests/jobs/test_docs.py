@@ -1,0 +1,46 @@
+"""The commands in README and guide exist, with these options and settings."""
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands() -> list[str]:
+    found = []
+    for path in (ROOT / "README.md", ROOT / "docs" / "guide.md"):
+        for block in re.findall(r"```console\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+            found += block.strip().splitlines()
+    return found
+
+
+def test_there_are_commands():
+    assert {"make run", "make test"} <= set(commands())
+    assert len(commands()) > 10
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("detr ")])
+def test_a_documented_command_is_understood(command, tmp_path, monkeypatch):
+    arguments = [a for a in shlex.split(command)[1:] if a != "--print-settings"]
+    if "--config" in arguments:
+        file = arguments.index("--config") + 1
+        if "KEY" in arguments[file]:  # made by a sweep
+            (tmp_path / "best.yaml").write_text("seed: 0\n")
+            arguments[file] = str(tmp_path / "best.yaml")
+        else:
+            arguments[file] = str(ROOT / arguments[file])
+    result = CliRunner().invoke(main, [*arguments, "--print-settings"])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
+def test_a_documented_target_exists(command):
+    target = command.split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)

@@ -1,0 +1,108 @@
+"""The whole pipeline, killed and undisturbed, at a size that ends in minutes."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+SMALL = [
+    "sample.train=48", "sample.val=16", "sample.test=8", "ingest.rows_per_shard=16",
+    "train.budget=24 steps", "train.batch_size=4", "train.validations=4", "train.warmup_steps=4",
+    "sweep.trials=1", "sweep.budget=2 steps", "sweep.min_gain=1", "gate.min_ap=0",
+]  # fmt: skip
+
+
+def start(command: str, store: Path, *more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", f"jobs.{command}", "--store", str(store), "--json", *SMALL, *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, expected: int = 0) -> tuple[dict, str]:
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == expected, err
+    return json.loads(out.strip().splitlines()[-1]), err
+
+
+def wait_for_checkpoint(store: Path, process: subprocess.Popen) -> None:
+    """Until the training (not the sweep's trial) has reported a checkpoint and gone on."""
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        for progress in (store / "train").glob("*/progress.jsonl"):
+            events = [json.loads(line)["event"] for line in progress.read_text().splitlines()]
+            kept = list(progress.parent.glob("ray/run/checkpoint_*/state.pt"))
+            if kept and events.count("validation") >= 2:
+                return
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint came")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> tuple[Path, dict, str]:
+    """A pipeline killed with SIGKILL in training, and started again."""
+    store = tmp_path_factory.mktemp("killed") / "store"
+    first = start("pipeline", store)
+    wait_for_checkpoint(store, first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    result, log = finish(start("pipeline", store))
+    return store, result, log
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_pipeline_goes_on_and_ends_as_a_straight_one(killed, tmp_path):
+    _, result, log = killed
+    assert "Going on with the pipeline that was stopped" in log
+    assert "going on from step" in log
+    stages = {s["stage"]: s for s in result["stages"]}
+    assert stages["train"]["seconds"] > 0
+    straight, _ = finish(start("train", tmp_path / "store"))
+    places = (result["checkpoint"], straight["checkpoint"])
+    ours, theirs = (load_file(Path(place) / "model.safetensors") for place in places)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert (value == theirs[key]).all(), key
+
+
+def test_everything_that_was_promised_is_there(killed):
+    _, result, _ = killed
+    assert result["verdict"]["promoted"] and result["champion"] == result["version"]
+    assert set(result["AP"]) == {"val", "test"}
+    assert Path(result["report"]).read_text().count("<html") == 1
+    manifest = json.loads((Path(result["predictions"]) / "manifest.json").read_text())
+    assert manifest["images"] == manifest["ok"] == 8
+
+
+def test_a_second_run_does_nothing_again(killed):
+    store, result, _ = killed
+    before = {path: path.stat().st_mtime_ns for path in store.glob("*/*/stage.json")}
+    again, log = finish(start("pipeline", store))
+    assert {path: path.stat().st_mtime_ns for path in store.glob("*/*/stage.json")} == before
+    assert again["checkpoint"] == result["checkpoint"] and again["version"] == result["version"]
+    for stage in ("ingest", "sweep", "train", "evaluate", "predict"):
+        assert f"{stage} already done" in log
+
+
+def test_commands_find_what_the_pipeline_left(killed, tmp_path):
+    store, result, _ = killed
+    found, _ = finish(start("evaluate", store, "--split", "test"))
+    assert found["AP"] == result["AP"]["test"] and found["reused"]
+    # The same version again is champion already; a version that is no better is refused with exit code 3.
+    said, _ = finish(start("promote", store))
+    assert said["promoted"] and "already" in said["reason"]
+
+    image = next((store / "sample").glob("*/sample/images/val_*"))
+    picture = tmp_path / "out.png"
+    shown, _ = finish(start("predict", store, "--show", str(image), "--output", str(picture)))
+    assert shown["picture"] == str(picture)
+    assert max(Image.open(picture).size) >= 400
