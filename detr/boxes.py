@@ -29,14 +29,6 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     return intersection / union - (hull - union) / hull
 
 
-def paired_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of corner boxes a [N, 4] and b [N, 4], pair by pair: [N]; 0 where both are without extent."""
-    size = (torch.min(a[:, 2:], b[:, 2:]) - torch.max(a[:, :2], b[:, :2])).clamp(min=0)
-    intersection = size.prod(1)
-    areas = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1)
-    return intersection / (areas - intersection).clamp(min=1e-9)
-
-
 def inverse_sigmoid(x: Tensor, eps: float = 1e-4) -> Tensor:
     """logit of x in 0..1, kept finite at both ends."""
     return torch.logit(x, eps=eps)

@@ -5,6 +5,7 @@ A folder holds `model.safetensors`, `config.json` (architecture, label map, prep
 """
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,9 @@ def load_official(path: Path | str) -> DETR:
 def read_pth(path: Path | str) -> dict[str, Tensor]:
     """The tensors of a .pth file, under the key "model" or at its top; no code in it is run."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # The official training script also stores its options; a namespace of plain values runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}") from error
     except Exception as error:

@@ -36,11 +36,6 @@ class LossConfig(Settings):
     eos_coef: float = Field(0.1, ge=0, description="weight of the no-object class (softmax loss only)")
     focal_alpha: float = Field(0.25, ge=0, le=1, description="balance of the focal loss (focal loss only)")
     focal_gamma: float = Field(2.0, ge=0, description="focus of the focal loss (focal loss only)")
-    iou_aware: bool = Field(
-        False,
-        description="the class target of a matched query is its IoU, so that scores rank boxes by how good they are "
-        "(focal loss only; Zhang et al. 2021, VarifocalNet)",
-    )
     class_norm: Literal["device", "window"] = Field(
         "device",
         description="what the class loss is divided by: this worker's own count (published), "
@@ -103,7 +98,7 @@ class ModelConfig(Settings):
 
 
 # What the focal loss wants in place of 1 and 1 (Zhu et al. 2021, Deformable DETR).
-FOCAL_WEIGHTS = {"cost_class": 2.0, "loss_ce": 2.0, "iou_aware": True}
+FOCAL_WEIGHTS = {"cost_class": 2.0, "loss_ce": 2.0}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "detr_resnet50": {},

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from detr.boxes import cxcywh_to_xyxy, generalized_iou, paired_iou
+from detr.boxes import cxcywh_to_xyxy, generalized_iou
 from detr.config import LossConfig, ModelConfig
 from detr.matcher import HungarianMatcher, Matches
 from detr.model import all_layers
@@ -85,7 +85,10 @@ class SetCriterion(nn.Module):
         if self.class_loss == "softmax":
             ce = self._softmax_loss(logits, labels, matches)
         else:
-            ce = self._focal_loss(logits, boxes, labels, truth, matches) / num_boxes
+            onehot = torch.zeros_like(logits)
+            onehot[(*at, labels[matches.target])] = 1
+            focal = sigmoid_focal_loss(logits, onehot, self.config.focal_alpha, self.config.focal_gamma)
+            ce = focal.flatten(1).sum(1) / num_boxes
 
         predicted, target = boxes[at], truth[matches.target]
         l1 = (predicted - target).abs().sum(-1)
@@ -108,24 +111,6 @@ class SetCriterion(nn.Module):
         if self.config.class_norm == "window":
             norm = self._mean_over_workers(norm)
         return ce.view(layers, -1).sum(1) / norm
-
-    def _focal_loss(
-        self, logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor, matches: Matches
-    ) -> Tensor:
-        """Sigmoid focal loss of all queries and classes, summed per layer: [L]."""
-        alpha, gamma = self.config.focal_alpha, self.config.focal_gamma
-        at = (matches.layer, matches.image, matches.query)
-        goal = torch.zeros_like(logits)
-        if not self.config.iou_aware:
-            goal[(*at, labels[matches.target])] = 1
-            return sigmoid_focal_loss(logits, goal, alpha, gamma).flatten(1).sum(1)
-        with torch.no_grad():
-            predicted, target = cxcywh_to_xyxy(boxes[at]), cxcywh_to_xyxy(truth[matches.target])
-            goal[(*at, labels[matches.target])] = paired_iou(predicted, target)
-            # Wrong classes count less the surer the model is of them being wrong; right ones by their IoU.
-            weight = torch.where(goal > 0, goal, (1 - alpha) * logits.sigmoid() ** gamma)
-        loss = F.binary_cross_entropy_with_logits(logits, goal, weight, reduction="none")
-        return loss.flatten(1).sum(1)
 
     def _errors(
         self, logits: Tensor, labels: Tensor, matches: Matches, targets: list[dict[str, Tensor]]

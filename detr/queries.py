@@ -119,7 +119,7 @@ class AnchorDecoderLayer(nn.Module):
     def reset_places(self) -> None:
         """Set every head's place and reach at the start."""
         heads = self.place.out_features // 3
-        angle = torch.arange(heads - 3) / max(1, heads - 3) * 2 * math.pi
+        angle = torch.arange(max(0, heads - 3)) / max(1, heads - 3) * 2 * math.pi
         place = torch.zeros(heads, 3)
         place[:3, 2] = torch.tensor([-3.0, 0.0, 2.0])[:heads]  # far, the box, its centre
         place[3:] = torch.stack([0.4 * angle.cos(), 0.4 * angle.sin(), torch.full_like(angle, 2.0)], 1)

@@ -16,7 +16,7 @@ from detr.model import DETR
 from detr.postprocess import PostProcess
 from detr.transforms import input_size, resize_to, to_uint8
 
-SHAPE_STEP = 32  # batches are padded to multiples of this many pixels, so that few shapes occur
+SHAPE_STEP = 16  # batches are padded to multiples of this many pixels, so that few shapes occur
 
 
 class Detector:

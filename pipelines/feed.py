@@ -3,7 +3,8 @@
 The training images are one endless stream: epoch after epoch, each a permutation of the dataset. Step s
 takes the images [s * global batch, (s + 1) * global batch), and worker r of n takes its n-th part. What a
 batch holds is a pure function of seed, dataset, step and worker, so that a resumed run sees what a straight
-run would have seen, and nothing is dropped at the end of an epoch.
+run would have seen, and nothing is dropped at the end of an epoch. Images of like shape share a batch, so that
+little of it is padding.
 """
 from __future__ import annotations
 
@@ -68,10 +69,11 @@ class Feed:
         """(epoch, row of the dataset) of each image of this worker's batch at a step."""
         first = (step * self.workers + self.rank) * self.batch_size
         positions = range(first, first + self.batch_size)
-        return [
-            (p // self.images, int(epoch_order(self.rows, self.seed, p // self.images)[p % self.images]))
-            for p in positions
-        ]
+        return [(p // self.images, int(self.order(p // self.images)[p % self.images])) for p in positions]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The dataset's rows in the order of an epoch."""
+        return _epoch_order(self.folder, self.shards, self.seed, epoch, self.batch_size * self.workers)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step: `images` uint8 [B, 3, H, W], `sizes` [B, 2] (h, w), `counts` [B], `labels` [T],
@@ -140,16 +142,33 @@ def open_feed(
 
 
 @functools.lru_cache(maxsize=4)
-def epoch_order(rows: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
-    """The order of the dataset's rows in an epoch: shards permuted, rows shuffled among a few shards at a time."""
+def _epoch_order(folder: str, shards: tuple[str, ...], seed: int, epoch: int, batch: int) -> np.ndarray:
+    """Shards permuted, rows shuffled among a few shards at a time, and there put into batches by aspect ratio."""
+    aspects = _aspects(folder, shards)
+    starts = np.cumsum([0, *(len(a) for a in aspects)])
+    aspect = np.concatenate(aspects)
     rng = np.random.default_rng((seed, epoch))
-    starts = np.cumsum((0, *rows))
-    shards = rng.permutation(len(rows))
-    parts = []
-    for i in range(0, len(shards), SHUFFLE_SHARDS):
-        window = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[i : i + SHUFFLE_SHARDS]])
-        parts.append(rng.permutation(window))
-    return np.concatenate(parts)
+    permuted = rng.permutation(len(shards))
+    parts, left = [], np.empty(0, np.int64)
+    # The first images complete the batch that the epoch before began.
+    head = -epoch * len(aspect) % batch
+    for i in range(0, len(permuted), SHUFFLE_SHARDS):
+        window = [np.arange(starts[s], starts[s + 1]) for s in permuted[i : i + SHUFFLE_SHARDS]]
+        pool = rng.permutation(np.concatenate([left, *window]))
+        if head:
+            parts.append(pool[:head])
+            pool, head = pool[head:], max(0, head - len(pool))
+        whole = len(pool) // batch * batch
+        sorted_pool, left = pool[:whole][np.argsort(aspect[pool[:whole]], kind="stable")], pool[whole:]
+        parts.append(rng.permutation(sorted_pool.reshape(-1, batch)).flatten())
+    return np.concatenate([*parts, left])
+
+
+@functools.lru_cache(maxsize=4)
+def _aspects(folder: str, shards: tuple[str, ...]) -> list[np.ndarray]:
+    """Width over height of every row, by shard."""
+    tables = [pq.read_table(Path(folder) / name, columns=["width", "height"]) for name in shards]
+    return [t["width"].to_numpy() / t["height"].to_numpy() for t in tables]
 
 
 @functools.lru_cache(maxsize=2 * SHUFFLE_SHARDS)

@@ -162,7 +162,7 @@ def test_a_layer_starts_from_the_boxes_of_the_one_before(model, images):
     torch.testing.assert_close(step, torch.tensor([0.3, -0.2, 0.1, 0.4]).expand_as(step), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("heads", [4, 8])
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
 def test_heads_start_apart_whatever_their_number(heads, images):
     torch.manual_seed(0)
     model = DETR(CONFIG.model_copy(update={"nheads": heads})).eval()

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from detr.config import ModelConfig
-from pipelines.feed import epoch_order, open_feed
+from pipelines.feed import open_feed
 from pipelines.settings import AugmentSettings
 from pipelines.stage import write_json
 
@@ -21,20 +21,23 @@ ROWS = (5, 4, 2)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Eleven images in three shards; image i is grey of value 10 * i and holds i % 3 boxes."""
+    """Eleven images in three shards; image i is grey of value 10 * i, holds i % 3 boxes, and is upright if i is odd."""
     folder = tmp_path_factory.mktemp("dataset")
     shards, n = [], 0
     for k, rows in enumerate(ROWS):
         records = []
         for _ in range(rows):
             data = io.BytesIO()
-            Image.new("RGB", (64, 48), (10 * n,) * 3).save(data, "PNG")
+            width, height = (48, 64) if n % 2 else (64, 48)
+            Image.new("RGB", (width, height), (10 * n,) * 3).save(data, "PNG")
             boxes = [[8.0 * j, 4.0, 8.0 * j + 16, 36.0] for j in range(n % 3)]
-            records.append({"image_id": 100 + n, "image": data.getvalue(), "boxes": boxes, "labels": [1] * len(boxes)})
+            records.append({"image_id": 100 + n, "image": data.getvalue(), "boxes": boxes, "labels": [1] * len(boxes),
+                            "width": width, "height": height})  # fmt: skip
             n += 1
         boxes = pa.list_(pa.list_(pa.float32(), 4))
         labels = pa.list_(pa.int32())
-        schema = pa.schema({"image_id": pa.int64(), "image": pa.binary(), "boxes": boxes, "labels": labels})
+        schema = pa.schema({"image_id": pa.int64(), "image": pa.binary(), "boxes": boxes, "labels": labels,
+                            "width": pa.int32(), "height": pa.int32()})  # fmt: skip
         pq.write_table(pa.Table.from_pylist(records, schema), folder / f"train-{k}.parquet")
         shards.append({"path": f"train-{k}.parquet", "rows": rows})
     write_json(folder / "dataset.json", {"splits": {"train": {"shards": shards}}})
@@ -47,13 +50,20 @@ def feed(dataset, batch_size=2, rank=0, workers=1, seed=0, **augment):
     return open_feed(dataset, "train", model, settings, 10**6, batch_size, seed, rank, workers)
 
 
-def test_every_epoch_is_a_permutation_and_no_two_are_alike():
-    orders = [epoch_order(ROWS, 0, epoch) for epoch in range(4)]
+def test_every_epoch_is_a_permutation_and_no_two_are_alike(dataset):
+    one = feed(dataset, batch_size=3)
+    orders = [one.order(epoch) for epoch in range(4)]
     for order in orders:
         assert sorted(order) == list(range(sum(ROWS)))
     assert len({tuple(o) for o in orders}) == 4
-    assert list(epoch_order(ROWS, 0, 2)) == list(orders[2])
-    assert list(epoch_order(ROWS, 1, 0)) != list(orders[0])
+    assert list(feed(dataset, batch_size=3).order(2)) == list(orders[2])
+    assert list(feed(dataset, batch_size=3, seed=1).order(0)) != list(orders[0])
+
+
+def test_batches_hold_images_of_like_shape_in_every_epoch(dataset):
+    one = feed(dataset, batch_size=2)
+    mixed = sum(len({row % 2 for _, row in one.indices(step)}) > 1 for step in range(55))  # ten epochs
+    assert mixed <= 20  # where shapes meet, and where epochs meet: two of an epoch's five or six batches at most
 
 
 def test_nothing_is_dropped_where_epochs_meet(dataset):
@@ -84,14 +94,18 @@ def test_pixels_and_boxes_arrive_as_stored(dataset):
     one = feed(dataset, batch_size=11)
     batch = one.batch(0)
     assert batch["images"].shape == (11, 3, 64, 64) and batch["images"].dtype == torch.uint8
-    assert batch["sizes"].tolist() == [[48, 64]] * 11
     at = 0
-    for image, image_id, count in zip(batch["images"], batch["image_ids"], batch["counts"], strict=True):
+    for image, size, image_id, count in zip(
+        batch["images"], batch["sizes"], batch["image_ids"], batch["counts"], strict=True
+    ):
         n = int(image_id) - 100
-        assert (image[:, :48] == 10 * n).all() and (image[:, 48:] == 0).all()
+        width, height = (48, 64) if n % 2 else (64, 48)
+        assert size.tolist() == [height, width]
+        assert (image[:, :height, :width] == 10 * n).all()
+        assert (image[:, height:] == 0).all() and (image[:, :, width:] == 0).all()
         assert count == n % 3
         for j, box in enumerate(batch["boxes"][at : at + count]):
-            expected = [(8 * j + 8) / 64, 20 / 48, 16 / 64, 32 / 48]
+            expected = [(8 * j + 8) / width, 20 / height, 16 / width, 32 / height]
             np.testing.assert_allclose(box, expected, atol=1e-6)
         at += int(count)
 
