@@ -9,8 +9,10 @@ little of it is padding.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ from pipelines.settings import AugmentSettings
 from pipelines.stage import read_json
 
 SHUFFLE_SHARDS = 8  # rows are shuffled among this many shards at a time, so that few are open at once
-CHUNK_IMAGES = 64  # one task prepares about this many images
+SEGMENT_BYTES = 2**28  # of pixels prepared ahead, at the most twice
+SEGMENT_TASKS = 8  # tasks that prepare a segment
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,27 @@ class Feed:
         target["boxes"] = boxes_to_targets(target["boxes"], *image.size)
         return to_uint8(image), target
 
-    def stream(self, first_step: int) -> Iterator[dict[str, Tensor]]:
-        """Batches from a step on, without end, prepared ahead by Ray Data."""
-        steps = max(1, CHUNK_IMAGES // self.batch_size)
-        while True:
-            # A dataset of bounded length at a time keeps the executor's bookkeeping small.
-            yield from _stream_chunks(self, first_step, steps, chunks=512)
-            first_step += 512 * steps
+    def stream(self, first_step: int, last_step: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Batches from a step on, up to last_step or without end, prepared by Ray Data a segment ahead.
+
+        A segment is a dataset of its own, whose execution is over before its first batch is used: an executor that
+        lives on beside the training takes the interpreter's lock from it. The first segments are short, so that
+        training starts soon.
+        """
+        import ray
+
+        most = max(2, SEGMENT_BYTES // (3 * self.model.image_max_size**2 * self.batch_size))
+        bounds = _segments(first_step, last_step, most)
+        with ThreadPoolExecutor(1) as ahead:
+            due = ahead.submit(_prepare_segment, self, *next(bounds))
+            while due is not None:
+                blocks = due.result()
+                following = next(bounds, None)
+                due = ahead.submit(_prepare_segment, self, *following) if following else None
+                for i in range(len(blocks)):
+                    block, blocks[i] = ray.get(blocks[i]), None  # used once, then let go
+                    for batch in block["batch"]:
+                        yield load_tensors(batch.as_py())
 
 
 def open_feed(
@@ -177,37 +194,32 @@ def _shard(folder: str, name: str) -> pa.Table:
     return pq.read_table(Path(folder) / name, columns=["image_id", "image", "boxes", "labels"], memory_map=True)
 
 
-class _Prepare:
-    """Ray Data actor: number of a chunk -> its batches, as safetensors bytes."""
-
-    def __init__(self, feed: Feed, first_step: int, steps: int):
-        torch.set_num_threads(1)
-        self.feed, self.first_step, self.steps = feed, first_step, steps
-
-    def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
-        start = self.first_step + int(row["id"][0]) * self.steps
-        return {"batch": [save_tensors(self.feed.batch(step)) for step in range(start, start + self.steps)]}
+def _segments(first: int, last: int | None, most: int) -> Iterator[tuple[int, int]]:
+    """(first step, step after the last) of one segment after another, growing to `most` steps."""
+    steps = max(2, most // 8)
+    while last is None or first < last:
+        end = first + steps if last is None else min(first + steps, last)
+        yield first, end
+        first, steps = end, min(most, 2 * steps)
 
 
-def _stream_chunks(feed: Feed, first_step: int, steps: int, chunks: int) -> Iterator[dict[str, Tensor]]:
+def _prepare_segment(feed: Feed, first: int, end: int) -> list:
+    """References to Arrow blocks that hold the batches of these steps, in order, as safetensors bytes."""
     import ray
+
+    chunk = math.ceil((end - first) / SEGMENT_TASKS)
+
+    def prepare(rows: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
+        torch.set_num_threads(1)
+        os.setpriority(os.PRIO_PROCESS, 0, 19)  # on a machine with few cores the training step goes first
+        start = first + int(rows["id"][0]) * chunk
+        return {"batch": [save_tensors(feed.batch(step)) for step in range(start, min(start + chunk, end))]}
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    # Half of a machine's cores prepare at the most: the step beside them needs the others.
+    tasks = math.ceil((end - first) / chunk)
+    # Half of a machine's cores prepare at the most: the steps need the others.
     most = max(1, (os.cpu_count() or 1) // 2 // feed.workers)
-    data = ray.data.range(chunks, override_num_blocks=chunks).map_batches(
-        _Prepare,
-        fn_constructor_args=(feed, first_step, steps),
-        batch_size=1,
-        num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most),
-    )
-    expected = first_step
-    for row in data.iter_rows():
-        batch = load_tensors(row["batch"])
-        if int(batch["step"]) != expected:
-            raise RuntimeError(f"step {int(batch['step'])} came where step {expected} was due")
-        expected += 1
-        yield batch
+    data = ray.data.range(tasks, override_num_blocks=tasks).map_batches(prepare, batch_size=1, concurrency=most)
+    return data.to_arrow_refs()

@@ -107,7 +107,7 @@ def draw_scene(
     objects: list[tuple[int, list[int]]] = []
     for _ in range(rng.integers(0, max_objects, endpoint=True)):
         digit = rng.choice(which[split])
-        tall = min(np.exp(rng.uniform(np.log(18), np.log(64))), 0.75 * min(height, width))
+        tall = min(np.exp(rng.uniform(np.log(24), np.log(64))), 0.75 * min(height, width))
         alpha = _ink(images[digit], tall, rng.uniform(0.75, 1.3))
         h, w = alpha.shape
         if w > width:
@@ -183,12 +183,12 @@ def _colour(rng: np.random.Generator, place: np.ndarray, alpha: np.ndarray) -> n
 
 
 def _apart(a: list[int], b: list[int]) -> bool:
-    """Whether two boxes xywh overlap little: IoU below 0.15, and a third of the smaller at most."""
+    """Whether two boxes xywh overlap little: IoU below 0.1, and a fifth of the smaller at most."""
     w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     both = max(w, 0) * max(h, 0)
     areas = a[2] * a[3], b[2] * b[3]
-    return both / (sum(areas) - both) < 0.15 and both <= min(areas) / 3
+    return both / (sum(areas) - both) < 0.1 and both <= min(areas) / 5
 
 
 def _name(split: str, index: int) -> str:

@@ -61,8 +61,9 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
             metric="AP",
             mode="max",
             num_samples=options.trials,
-            max_concurrent_trials=options.max_concurrent,
-            search_alg=BasicVariantGenerator(points_to_evaluate=[present], random_state=settings.seed),
+            search_alg=BasicVariantGenerator(
+                points_to_evaluate=[present], random_state=settings.seed, max_concurrent=options.max_concurrent
+            ),
         ),
         run_config=tune.RunConfig(name="tune", storage_path=str(folder / "ray"), verbose=0),
     )

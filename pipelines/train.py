@@ -39,7 +39,7 @@ from pipelines.stage import read_json, write_json
 from pipelines.tracking import Tracker
 
 LOG_EVERY = 20  # steps
-MEASURE_FROM, MEASURE_TO = 10, 50  # steps whose speed turns a budget in minutes into steps
+MEASURE_FROM, MEASURE_TO = 20, 120  # steps whose speed turns a budget in minutes into steps
 PROGRESS = "progress.jsonl"
 
 
@@ -177,7 +177,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     log.start(state["step"], messages, count_parameters(model), workers, feed)
 
     budget = _Budget(options, feed, folder)
-    batches = feed.stream(state["step"])
+    batches = feed.stream(state["step"], budget.steps)
     try:
         while not budget.is_spent(state["step"]):
             step = state["step"]
