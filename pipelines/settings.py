@@ -102,8 +102,8 @@ class TrainSettings(Settings):
     num_workers: int = Field(1, ge=0, description="Ray Train workers; 0 trains in this process")
     use_gpu: bool | None = Field(None, description="by default, whether the cluster has GPUs")
     precision: Literal["float32", "bfloat16"] = "float32"
-    lr: float = Field(4e-4, gt=0)
-    lr_backbone: float = Field(4e-4, ge=0)
+    lr: float = Field(8e-4, gt=0)
+    lr_backbone: float = Field(8e-4, ge=0)
     weight_decay: float = Field(1e-4, ge=0)
     clip_max_norm: float = Field(1.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
@@ -130,7 +130,7 @@ class SweepSettings(Settings):
             "loss.cost_class": [2.0, 1.0, 3.0],
             "loss.loss_ce": [2.0, 1.0, 3.0],
             "loss.loss_giou": [2.0, 3.0, 1.0],
-            "train.lr": [4e-4, 6e-4, 3e-4],
+            "train.lr": [8e-4, 1.2e-3, 5e-4],
         },
         description="settings by name and the values to try; trial 0 is always the present settings",
     )
