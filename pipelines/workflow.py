@@ -138,8 +138,10 @@ def report_stage(
     from pipelines.report import report
 
     dataset_folder = Path(data["folder"])
-    keys = [[s["stage"], s.get("key"), s["seconds"]] for s in stages]
-    inputs = {"stages": keys, "verdict": verdict and verdict["result"], "settings": settings.model_dump(mode="json")}
+    # What the page depends on; how long a stage took and how a verdict is worded when asked again does not count.
+    keys = [[s["stage"], s["key"]] for s in stages if s["stage"] in VERSIONS]
+    decided = verdict and {key: verdict["result"][key] for key in ("promoted", "version", "champion")}
+    inputs = {"stages": keys, "verdict": decided, "settings": settings.model_dump(mode="json")}
 
     def work(folder: Path) -> dict[str, Any]:
         made = report(
@@ -210,7 +212,8 @@ def pipeline(settings: RunSettings, store: Path) -> dict[str, Any]:
     )
     DBOS.launch()
     try:
-        waiting = DBOS.list_workflows(status="PENDING", executor_id=key, app_version=APPLICATION_VERSION)
+        # What a killed process left behind: taken up at the launch, through the ledger's own queue.
+        waiting = DBOS.list_workflows(name="pipeline", status=["PENDING", "ENQUEUED"], executor_id=key)
         if waiting:
             console.print("Going on with the pipeline that was stopped.")
             handle = DBOS.retrieve_workflow(waiting[0].workflow_id)
