@@ -18,11 +18,11 @@ import click
 DONE, FAILED, WRONG_USE, GATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
-def job(example: str) -> Callable:
+def job(example: str, takes_input: bool = False) -> Callable:
     """Make a command of `work(settings, store, **own options) -> result`, with the shared options and exit codes.
 
-    work returns a JSON-like dict; its "exit_code", if any, is the command's, and its "text", if any, is what is
-    printed for people.
+    takes_input: an argument that is no KEY=VALUE, or names a file, goes to work as `inputs`. work returns a JSON-like
+    dict; its "exit_code", if any, is the command's, and its "text", if any, is what is printed for people.
     """
 
     def decorate(work: Callable[..., dict[str, Any]]) -> click.Command:
@@ -30,6 +30,9 @@ def job(example: str) -> Callable:
         def command(config, store, as_json, print_settings, overrides, **own):
             from pipelines.settings import UserError, load_settings
 
+            if takes_input:
+                own["inputs"] = [word for word in overrides if "=" not in word or os.path.exists(word)]
+                overrides = [word for word in overrides if word not in own["inputs"]]
             try:
                 settings = load_settings(config, overrides)
                 if print_settings:
@@ -53,7 +56,7 @@ def job(example: str) -> Callable:
             sys.exit(code)
 
         shared = [
-            click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
+            click.argument("overrides", nargs=-1, metavar=("[INPUT] " if takes_input else "") + "[KEY=VALUE]..."),
             click.option("--config", metavar="FILE", help="Settings as YAML."),
             click.option("--store", default="store", show_default=True, metavar="FOLDER",
                          help="Where everything that is made is kept."),

@@ -8,22 +8,27 @@ import click
 from jobs.common import job, ray_session
 
 
-@click.option("--input", "images", metavar="FOLDER|s3://…|LIST|COCO", help="Images to detect on.")
+@click.option("--input", "given", metavar="INPUT", help="The same as the argument INPUT.")
 @click.option("--model", metavar="models:/NAME@champion|FOLDER", help="By default the champion for this dataset.")
-@click.option("--show", metavar="IMAGE", help="Detect on one image, without Ray, and write it with boxes drawn.")
-@click.option("--output", metavar="FILE", help="The picture --show writes; by default IMAGE.detections.png here.")
-@job("detr predict --input path/to/images --model models:/sample@champion")
+@click.option("--show", is_flag=True, help="INPUT is one image: write it with its detections drawn, without Ray.")
+@click.option("--output", metavar="FILE", help="The picture --show writes; by default NAME.detections.png here.")
+@job("detr predict path/to/images --model models:/sample@champion", takes_input=True)
 def main(
-    settings, store: Path, images: str | None, model: str | None, show: str | None, output: str | None
+    settings, store: Path, inputs: list[str], given: str | None, model: str | None, show: bool, output: str | None
 ) -> dict:
-    """Run a model over images and write a Parquet table of detections, or show it on one image."""
+    """Run a model over INPUT and write a Parquet table of detections, or show them on one image.
+
+    INPUT is an image, a folder, an s3:// prefix, a text file of names, or a COCO file whose images are meant.
+    """
     from pipelines.settings import UserError
     from pipelines.workflow import find_model
 
-    if (images is None) == (show is None):
-        raise UserError("Give either --input FOLDER or --show IMAGE.", 2)
-    if show is not None:
-        return _show(settings, store, Path(show), model, output)
+    named = [*inputs, *([given] if given else [])]
+    if len(named) != 1:
+        raise UserError("Say which images: detr predict INPUT, where INPUT is one image, folder, prefix or list.", 2)
+    images = named[0]
+    if show:
+        return _show(settings, store, Path(images), model, output)
     from pipelines.predict import list_images
     from pipelines.workflow import predict_stage
 

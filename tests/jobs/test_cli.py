@@ -119,7 +119,7 @@ def test_predict_without_model_or_input(tmp_path):
     store = str(tmp_path / "store")
     assert detr("predict", "--store", store).exit_code == 2
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    result = detr("predict", "--store", store, "--show", str(tmp_path / "a.png"))
+    result = detr("predict", "--store", store, str(tmp_path / "a.png"), "--show")
     assert result.exit_code == 2
     assert "--model" in sentence(result)
 

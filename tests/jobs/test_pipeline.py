@@ -103,6 +103,6 @@ def test_commands_find_what_the_pipeline_left(killed, tmp_path):
 
     image = next((store / "sample").glob("*/sample/images/val_*"))
     picture = tmp_path / "out.png"
-    shown, _ = finish(start("predict", store, "--show", str(image), "--output", str(picture)))
+    shown, _ = finish(start("predict", store, str(image), "--show", "--output", str(picture)))
     assert shown["picture"] == str(picture)
     assert max(Image.open(picture).size) >= 400

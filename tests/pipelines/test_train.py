@@ -1,0 +1,131 @@
+"""What the training loop decides, without Ray: schedule, budget, history, starting weights, bad numbers."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from detr.checkpoint import save_checkpoint
+from detr.config import ModelConfig
+from detr.criterion import SetCriterion
+from detr.model import DETR
+from pipelines import train as module
+from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
+from pipelines.train import (
+    _Budget,
+    _ema_update,
+    _train_step,
+    load_initial_weights,
+    lr_factor,
+    read_history,
+)
+
+SMALL = {
+    "preset": "tiny", "num_classes": 3, "hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": 2,
+    "dim_feedforward": 32, "num_queries": 6,
+}  # fmt: skip
+
+
+class FakeFeed:
+    rank = 0
+
+    def steps_per_epoch(self):
+        return 7.5
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    options = TrainSettings(warmup_steps=10)
+    factors = [lr_factor(step, 100, options) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) <= 1
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[-1] < 0.03
+    step = TrainSettings(warmup_steps=0, lr_schedule="step", lr_drop=0.8)
+    assert [lr_factor(s, 10, step) for s in (0, 7, 8, 9)] == [1.0, 1.0, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(("budget", "steps"), [("40 steps", 40), ("4 epochs", 30)])
+def test_a_budget_in_steps_or_epochs_is_known_at_once(tmp_path, budget, steps):
+    options = TrainSettings(budget=budget, validations=3)
+    assert _Budget(options, FakeFeed(), tmp_path).steps == steps
+
+
+def test_minutes_become_steps_once_and_are_remembered(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    options = TrainSettings(budget="100 seconds")
+    budget = _Budget(options, FakeFeed(), tmp_path)
+    step = 0
+    while budget.steps is None:
+        step += 1
+        now[0] += 5.0 if step < 5 else 0.25  # the first steps are slow
+        budget.tick(step)
+    assert step == module.MEASURE_TO
+    assert now[0] + (budget.steps - step) * 0.25 == pytest.approx(100 + 5.0, abs=1)
+    assert _Budget(options, FakeFeed(), tmp_path).steps == budget.steps  # as after a kill
+
+
+def test_validations_are_spread_evenly_and_the_last_step_has_one(tmp_path):
+    for total, wanted in ((100, 5), (101, 5), (7, 6), (3, 6), (1, 4)):
+        budget = _Budget(TrainSettings(budget=f"{total} steps", validations=wanted), FakeFeed(), tmp_path)
+        steps = [s for s in range(1, total + 1) if budget.is_validation(s)]
+        assert steps[-1] == total and len(steps) <= wanted
+        assert len(set(steps)) == len(steps)
+
+
+def test_steps_done_again_after_a_stop_count_once(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    lines = [
+        {"event": "start", "step": 0}, {"event": "step", "step": 20, "loss": 3.0},
+        {"event": "validation", "step": 20, "AP": 0.1}, {"event": "step", "step": 40, "loss": 9.0},
+        {"event": "start", "step": 20}, {"event": "step", "step": 40, "loss": 2.0},
+    ]  # fmt: skip
+    path.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"event": "st')  # killed while writing
+    history = read_history(path)
+    assert [(s["step"], s["loss"]) for s in history["steps"]] == [(20, 3.0), (40, 2.0)]
+    assert [v["AP"] for v in history["validations"]] == [0.1]
+
+
+def test_the_average_forgets_its_start_and_copies_counters():
+    update = _ema_update(0.99)
+    average = torch.zeros(1)
+    for n in range(1, 200):
+        average = update(average, torch.ones(1), n)
+    assert average > 0.99
+    assert update(torch.tensor(3), torch.tensor(8), 5) == 8
+
+
+def test_starting_weights_are_taken_where_they_fit(tmp_path):
+    torch.manual_seed(0)
+    source = DETR(ModelConfig.model_validate(SMALL))
+    save_checkpoint(tmp_path / "old", source, [{"id": i, "name": str(i)} for i in range(3)])
+    target = DETR(ModelConfig.model_validate({**SMALL, "num_classes": 5}))
+    (message,) = load_initial_weights(target, TrainSettings(init_from=str(tmp_path / "old")))
+    assert "class_embed.weight" in message and "bbox_embed" not in message
+    own, theirs = target.state_dict(), source.state_dict()
+    assert torch.equal(own["bbox_embed.layers.0.weight"], theirs["bbox_embed.layers.0.weight"])
+    assert own["class_embed.weight"].shape[0] == 5
+
+
+def test_starting_weights_that_cannot_be_read_are_one_sentence(tmp_path):
+    model = DETR(ModelConfig.model_validate(SMALL))
+    for given in (tmp_path / "nothing.pth", tmp_path):
+        with pytest.raises(UserError, match=str(given)):
+            load_initial_weights(model, TrainSettings(init_from=str(given)))
+
+
+def test_outputs_that_are_not_finite_name_the_images():
+    settings = override_settings(RunSettings(), {"model": SMALL})
+    model = DETR(settings.model)
+    with torch.no_grad():
+        model.class_embed.bias.fill_(float("nan"))
+    batch = {
+        "images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "sizes": torch.tensor([[64, 64]] * 2),
+        "counts": torch.tensor([1, 0]), "labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]]),
+        "image_ids": torch.tensor([11, 42]), "step": torch.tensor([0]),
+    }  # fmt: skip
+    before = {k: v.clone() for k, v in model.state_dict().items() if "running" not in k and "tracked" not in k}
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(UserError, match=r"11, 42.*train\.lr"):
+        _train_step(model, SetCriterion(settings.model, settings.loss), optimizer, batch, 0, settings, 0)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items() if k != "class_embed.bias")
