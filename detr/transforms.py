@@ -171,11 +171,10 @@ def augment_light(
     horizontal_flip: bool,
     vertical_flip: bool,
     scale: float,
-    colour: float,
 ) -> tuple[Image.Image, Target]:
-    """Flips, a crop that zooms in and keeps the centres of most boxes, brightness and contrast.
+    """Flips, and a crop that zooms in; boxes of which little is left are dropped.
 
-    The result keeps its own size; resizing to the model's input follows.
+    The result keeps its own scale; resizing to the model's input follows.
     """
     if horizontal_flip and rng.random() < 0.5:
         image, target = hflip(image, target)
@@ -187,10 +186,14 @@ def augment_light(
         top = int(rng.integers(0, image.height - height + 1))
         left = int(rng.integers(0, image.width - width + 1))
         image, target = _crop_keeping_visible(image, target, (top, left, height, width))
-    if colour > 0:
-        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast):
-            image = enhance(image).enhance(float(1 + colour * rng.uniform(-1, 1)))
     return image, target
+
+
+def jitter_colour(image: Image.Image, rng: np.random.Generator, amount: float) -> Image.Image:
+    """Brightness and contrast changed by up to this share."""
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast):
+        image = enhance(image).enhance(float(1 + amount * rng.uniform(-1, 1)))
+    return image
 
 
 def _crop_keeping_visible(

@@ -33,6 +33,7 @@ from detr.transforms import (
     boxes_to_targets,
     decode_image,
     input_size,
+    jitter_colour,
     resize_to,
     to_uint8,
 )
@@ -117,9 +118,11 @@ class Feed:
             if augment.recipe == "light":
                 image, target = augment_light(
                     image, target, rng, horizontal_flip=augment.horizontal_flip,
-                    vertical_flip=augment.vertical_flip, scale=augment.scale, colour=augment.colour,
+                    vertical_flip=augment.vertical_flip, scale=augment.scale,
                 )  # fmt: skip
             image, target = resize_to(image, target, input_size(self.model, *image.size))
+            if augment.recipe == "light" and augment.colour:
+                image = jitter_colour(image, rng, augment.colour)  # last: of the fewest pixels
         target["boxes"] = boxes_to_targets(target["boxes"], *image.size)
         return to_uint8(image), target
 

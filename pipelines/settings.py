@@ -97,7 +97,7 @@ class AugmentSettings(Settings):
 
 
 class TrainSettings(Settings):
-    budget: str = Field("12 minutes", description="length of the training: '300 epochs', '5000 steps' or '12 minutes'")
+    budget: str = Field("15 minutes", description="length of the training: '300 epochs', '5000 steps' or '12 minutes'")
     batch_size: int = Field(8, gt=0, description="images per worker and step")
     num_workers: int = Field(1, ge=0, description="Ray Train workers; 0 trains in this process")
     use_gpu: bool | None = Field(None, description="by default, whether the cluster has GPUs")

@@ -4,6 +4,8 @@ Never by the loss: the weights being tried change its scale.
 """
 from __future__ import annotations
 
+import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     "trials": rows, "run_id"}. Raises UserError for a setting that does not exist, or when no trial ended.
     """
     from ray import tune
-    from ray.tune.search import BasicVariantGenerator
 
     folder, options = Path(folder).resolve(), settings.sweep
     present = _present(settings)
@@ -44,6 +45,7 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
 
     def trial(config: dict[str, Any]) -> None:
         """A Tune trial: a Ray Train run of its own, named by what it tries, so that it can be taken up again."""
+        config = config["values"]
         changes = {**config, "train.budget": options.budget, "train.validations": 1}
         mine = override_settings(RunSettings.model_validate(base), changes)
         key = digest(config, 8)
@@ -56,15 +58,8 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     console.print(f"Sweep of {options.trials} trials, {options.budget} each.")
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": 0.1}),  # its worker asks for its own
-        param_space={key: tune.choice(values) for key, values in options.space.items()},
-        tune_config=tune.TuneConfig(
-            metric="AP",
-            mode="max",
-            num_samples=options.trials,
-            search_alg=BasicVariantGenerator(
-                points_to_evaluate=[present], random_state=settings.seed, max_concurrent=options.max_concurrent
-            ),
-        ),
+        param_space={"values": tune.grid_search(_combinations(options.space, present, options.trials, settings.seed))},
+        tune_config=tune.TuneConfig(metric="AP", mode="max", max_concurrent_trials=options.max_concurrent),
         run_config=tune.RunConfig(name="tune", storage_path=str(folder / "ray"), verbose=0),
     )
     status = "FAILED"
@@ -110,10 +105,19 @@ def _present(settings: RunSettings) -> dict[str, Any]:
     return present
 
 
+def _combinations(
+    space: dict[str, list[Any]], present: dict[str, Any], number: int, seed: int
+) -> list[dict[str, Any]]:
+    """The present settings and then others of the space at random, no two alike; fewer where there are fewer."""
+    others = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    others = [values for values in others if values != present]
+    return [present, *random.Random(seed).sample(others, min(number - 1, len(others)))]
+
+
 def _row(result, present: dict[str, Any]) -> dict[str, Any]:
     metrics, error = result.metrics or {}, result.error
     return {
-        "changes": {k: v for k, v in (result.config or {}).items() if v != present[k]},
+        "changes": {k: v for k, v in result.config["values"].items() if v != present[k]},
         **{key: metrics.get(key) for key in ("AP", "AP50", "steps", "images_per_second", "run_id")},
         "seconds": round(metrics.get("time_total_s", 0.0), 1),
         "error": None if error is None else str(error).strip().splitlines()[-1],
