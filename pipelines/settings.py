@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -125,7 +125,7 @@ class TrainSettings(Settings):
 class SweepSettings(Settings):
     trials: int = Field(3, gt=0)
     budget: str = Field("30 seconds", description="length of one trial, as train.budget")
-    space: dict[str, list[Any]] = Field(
+    space: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default={
             "loss.cost_class": [2.0, 1.0, 3.0],
             "loss.loss_ce": [2.0, 1.0, 3.0],

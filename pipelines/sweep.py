@@ -94,13 +94,13 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
 def _present(settings: RunSettings) -> dict[str, Any]:
     """The values of the space's settings as they are now; raises UserError for one that does not exist."""
     present = {}
-    for key in settings.sweep.space:
+    for key, values in settings.sweep.space.items():
         value: Any = settings.model_dump(mode="json")
         for part in key.split("."):
-            if not isinstance(value, dict) or part not in value:
-                override_settings(settings, {key: settings.sweep.space[key][0]})  # says which key is meant
-                raise UserError(f"{key!r} in sweep.space is no single setting.", 2)
-            value = value[part]
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            raise UserError(f"{key!r} in sweep.space is a group of settings; name one of {', '.join(value)}.", 2)
+        override_settings(settings, {key: values[0]})  # a misspelt one is said with the one that is meant
         present[key] = value
     return present
 

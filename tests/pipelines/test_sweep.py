@@ -23,8 +23,11 @@ def test_a_small_space_is_tried_whole():
     assert len(_combinations(space, {"loss.cost_class": 2.0}, 10, 0)) == 2
 
 
-@pytest.mark.parametrize("key", ["loss.cost_clas", "loss", "los.cost_class"])
-def test_a_misspelt_setting_in_the_space_is_one_sentence(key):
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("loss.cost_clas", "did you mean 'loss.cost_class'"), ("loss", "'loss'"), ("los.cost_class", "'loss'")],
+)
+def test_a_misspelt_setting_in_the_space_is_one_sentence(key, words):
     settings = override_settings(RunSettings(), {"sweep.space": {key: [1.0]}})
-    with pytest.raises(UserError, match=key):
+    with pytest.raises(UserError, match=words):
         _present(settings)
