@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from detr.config import FOCAL_WEIGHTS, PRESETS, LossConfig, ModelConfig, Settings
 
@@ -54,6 +54,14 @@ def parse_budget(text: str) -> tuple[float, Literal["steps", "epochs", "seconds"
     if unit == "hours":
         return amount * 3600, "seconds"
     return amount, unit  # type: ignore[return-value]
+
+
+def _budget(value: str) -> str:
+    parse_budget(value)
+    return value
+
+
+Budget = Annotated[str, AfterValidator(_budget)]
 
 
 class DataSettings(Settings):
@@ -97,7 +105,7 @@ class AugmentSettings(Settings):
 
 
 class TrainSettings(Settings):
-    budget: str = Field("15 minutes", description="length of the training: '300 epochs', '5000 steps' or '12 minutes'")
+    budget: Budget = Field("15 minutes", description="length of the training: '300 epochs', '5000 steps' or '12 minutes'")
     batch_size: int = Field(8, gt=0, description="images per worker and step")
     num_workers: int = Field(1, ge=0, description="Ray Train workers; 0 trains in this process")
     use_gpu: bool | None = Field(None, description="by default, whether the cluster has GPUs")
@@ -115,16 +123,10 @@ class TrainSettings(Settings):
     init_from: str | None = Field(None, description="a checkpoint folder or official .pth to start from")
     backbone_weights: str | None = Field(None, description="'imagenet' (torchvision's) or a file; none: random")
 
-    @field_validator("budget")
-    @classmethod
-    def _budget(cls, value: str) -> str:
-        parse_budget(value)
-        return value
-
 
 class SweepSettings(Settings):
     trials: int = Field(3, gt=0)
-    budget: str = Field("30 seconds", description="length of one trial, as train.budget")
+    budget: Budget = Field("30 seconds", description="length of one trial, as train.budget")
     space: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default={
             "loss.cost_class": [2.0, 1.0, 3.0],
@@ -136,12 +138,6 @@ class SweepSettings(Settings):
     )
     max_concurrent: int = Field(1, gt=0)
     min_gain: float = Field(0.01, ge=0, description="AP a trial must gain over the present settings to be taken")
-
-    @field_validator("budget")
-    @classmethod
-    def _budget(cls, value: str) -> str:
-        parse_budget(value)
-        return value
 
 
 class EvaluateSettings(Settings):
