@@ -105,9 +105,9 @@ class AugmentSettings(Settings):
 
 
 class TrainSettings(Settings):
-    budget: Budget = Field("15 minutes", description="length of the training: '300 epochs', '5000 steps' or '12 minutes'")
+    budget: Budget = Field("15 minutes", description="'300 epochs', '5000 steps' or '12 minutes'")
     batch_size: int = Field(8, gt=0, description="images per worker and step")
-    num_workers: int = Field(1, ge=0, description="Ray Train workers; 0 trains in this process")
+    num_workers: int = Field(1, gt=0, description="Ray Train workers")
     use_gpu: bool | None = Field(None, description="by default, whether the cluster has GPUs")
     precision: Literal["float32", "bfloat16"] = "float32"
     lr: float = Field(8e-4, gt=0)

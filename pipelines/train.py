@@ -77,7 +77,6 @@ def train(
         record = dataset["splits"][split]
         tracker.log_dataset(run_id, f"{dataset['name']}-{split}", record["digest"], context, dataset["source"])
 
-    workers = settings.train.num_workers
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
@@ -88,7 +87,9 @@ def train(
             "run_id": run_id,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"GPU": 1, "CPU": 1} if use_gpu else {"CPU": 1}
+            num_workers=settings.train.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"GPU": 1, "CPU": 1} if use_gpu else {"CPU": 1},
         ),
         run_config=ray.train.RunConfig(
             name="run",
@@ -115,15 +116,14 @@ def train(
         tracker.end_run(run_id, status)
 
     summary = result.return_value
-    if result.best_checkpoints:  # none with num_workers 0: a trial run in this process leaves figures only
-        best = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], -pair[1]["step"]))[0]
-        with best.as_directory() as place:
-            part = folder / ".checkpoint"
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(Path(place) / "model", part)
-            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-            os.replace(part, folder / "checkpoint")
-        tracker.log_file(run_id, folder / "checkpoint", "checkpoint")
+    best = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], -pair[1]["step"]))[0]
+    with best.as_directory() as place:
+        part = folder / ".checkpoint"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(Path(place) / "model", part)
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        os.replace(part, folder / "checkpoint")
+    tracker.log_file(run_id, folder / "checkpoint", "checkpoint")
     write_json(folder / "history.json", read_history(folder / PROGRESS))
     tracker.log_file(run_id, folder / "history.json")
     return {"checkpoint": "checkpoint", "history": "history.json", "run_id": run_id, **summary}
