@@ -116,7 +116,7 @@ def train(
         tracker.end_run(run_id, status)
 
     summary = result.return_value
-    best = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], -pair[1]["step"]))[0]
+    best = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], pair[1]["step"]))[0]
     with best.as_directory() as place:
         part = folder / ".checkpoint"
         shutil.rmtree(part, ignore_errors=True)
@@ -195,7 +195,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 if rank == 0:
                     metrics = validate(ema.module, dataset, dataset_folder, settings, device)
                     log.validation(step, metrics)
-                    if metrics["AP"] > state["best_AP"]:
+                    if metrics["AP"] >= state["best_AP"]:
                         state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
                 _report(rank, model, ema, optimizer, state, metrics, dataset, settings)
     finally:

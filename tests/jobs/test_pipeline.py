@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,3 +107,15 @@ def test_commands_find_what_the_pipeline_left(killed, tmp_path):
     shown, _ = finish(start("predict", store, str(image), "--show", "--output", str(picture)))
     assert shown["picture"] == str(picture)
     assert max(Image.open(picture).size) >= 400
+
+
+def test_the_readmes_python_detects_without_ray(killed, tmp_path):
+    store, result, _ = killed
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    image = next((store / "sample").glob("*/sample/images/val_*"))
+    code = code.replace("path/to/checkpoint", result["checkpoint"]).replace("photo.jpg", str(image))
+    code += "\nimport sys\nassert not {'ray', 'mlflow', 'dbos'} & set(sys.modules)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[(")
