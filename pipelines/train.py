@@ -110,7 +110,7 @@ def train(
     except KeyboardInterrupt:
         status = "KILLED"
         raise
-    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+    except ray.train.TrainingFailedError as error:
         raise _explain(error) from error
     finally:
         tracker.end_run(run_id, status)
