@@ -20,7 +20,7 @@ def main(settings, store: Path) -> dict:
     with ray_session(settings):
         try:
             outcome = pipeline(settings, store)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM as Ray hands it on
             # The stages run in the workflow's threads; they end with the process and are taken up by the next start.
             click.echo("Stopped. The same command goes on from here.", err=True)
             sys.stderr.flush()

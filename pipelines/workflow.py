@@ -211,22 +211,21 @@ def pipeline(settings: RunSettings, store: Path) -> dict[str, Any]:
         }
     )
     DBOS.launch()
+    # What a killed process left behind: taken up at the launch, through the ledger's own queue.
+    waiting = DBOS.list_workflows(name="pipeline", status=["PENDING", "ENQUEUED"], executor_id=key)
+    if waiting:
+        console.print("Going on with the pipeline that was stopped.")
+        handle = DBOS.retrieve_workflow(waiting[0].workflow_id)
+    else:
+        handle = DBOS.start_workflow(run, key)
     try:
-        # What a killed process left behind: taken up at the launch, through the ledger's own queue.
-        waiting = DBOS.list_workflows(name="pipeline", status=["PENDING", "ENQUEUED"], executor_id=key)
-        if waiting:
-            console.print("Going on with the pipeline that was stopped.")
-            handle = DBOS.retrieve_workflow(waiting[0].workflow_id)
-        else:
-            handle = DBOS.start_workflow(run, key)
-        try:
-            outcome = handle.get_result()
-        except Exception:
-            if failed:
-                raise failed[0] from None
-            raise
-    finally:
+        outcome = handle.get_result()
+    except Exception:
         DBOS.destroy()
+        if failed:
+            raise failed[0] from None
+        raise
+    DBOS.destroy()  # not after Ctrl-C, which does not wait for the stages' threads
     if "error" in outcome:
         raise UserError(outcome["error"], outcome["exit_code"])
     return outcome
