@@ -105,7 +105,7 @@ class AugmentSettings(Settings):
 
 
 class TrainSettings(Settings):
-    budget: Budget = Field("15 minutes", description="'300 epochs', '5000 steps' or '12 minutes'")
+    budget: Budget = Field("12 minutes", description="'300 epochs', '5000 steps' or '12 minutes'")
     batch_size: int = Field(8, gt=0, description="images per worker and step")
     num_workers: int = Field(1, gt=0, description="Ray Train workers")
     use_gpu: bool | None = Field(None, description="by default, whether the cluster has GPUs")
