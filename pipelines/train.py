@@ -40,6 +40,7 @@ from pipelines.tracking import Tracker
 
 LOG_EVERY = 20  # steps
 MEASURE_FROM, MEASURE_TO = 20, 120  # steps whose speed turns a budget in minutes into steps
+SLACK = 1.1  # a step takes this much longer on average than at the median
 PROGRESS = "progress.jsonl"
 
 
@@ -333,20 +334,19 @@ class _Budget:
             self.steps = max(1, math.ceil(amount * feed.steps_per_epoch()))
         elif self.file.is_file():
             self.steps = read_json(self.file)["steps"]
-        self.marks: dict[int, float] = {}
+        self.marks: list[float] = []
         self.rank = feed.rank
 
     def tick(self, step: int) -> None:
         """Called after every step."""
         if self.steps is not None:
             return
-        self.marks[step] = time.monotonic()
-        first, last = min(self.marks), max(self.marks)
-        if first == 1:
-            first = min(step, MEASURE_FROM)  # the first steps are slower than the rest
-        elapsed = self.marks[last] - self.marks[1]
-        pace = (self.marks[last] - self.marks[first]) / max(1, last - first)
+        self.marks.append(time.monotonic())
+        elapsed = self.marks[-1] - self.marks[0]
         if step >= MEASURE_TO or elapsed > 0.5 * self.seconds:
+            # The median: the first steps, and those beside which images are prepared, are slower than most.
+            durations = np.diff(self.marks[MEASURE_FROM:] if step > 2 * MEASURE_FROM else self.marks)
+            pace = SLACK * float(np.median(durations)) if len(durations) else elapsed
             steps = self._agreed(step + max(1, int((self.seconds - elapsed) / max(pace, 1e-6))))
             if self.rank == 0:
                 write_json(self.file, {"format": 1, "steps": steps, "seconds_per_step": round(pace, 5)})

@@ -34,7 +34,7 @@ def sample_stage(settings: RunSettings, store: Path) -> Record:
 def data_path(settings: RunSettings, store: Path) -> Path:
     """The COCO folder to work on: the user's, or the built-in one, made if need be."""
     if settings.data.path is not None:
-        return Path(settings.data.path)
+        return Path(settings.data.path).resolve()  # Ray's workers may be elsewhere
     return Path(sample_stage(settings, store)["folder"]) / "sample"
 
 
@@ -170,9 +170,13 @@ def pipeline(settings: RunSettings, store: Path) -> dict[str, Any]:
     """
     from dbos import DBOS, DBOSPortableJSONSerializer
 
+    from pipelines.ingest import source
+
     store = Path(store).resolve()
     store.mkdir(parents=True, exist_ok=True)
-    key = digest([settings.model_dump(mode="json"), APPLICATION_VERSION])
+    # Other settings or other data are another workflow, whose steps are not taken from the ledger of this one.
+    inputs = source(settings, data_path(settings, store)).inputs
+    key = digest([settings.model_dump(mode="json"), APPLICATION_VERSION, inputs])
     failed: list[BaseException] = []
 
     def step(name: str, function: Callable[..., Record], *arguments: Any) -> Record:

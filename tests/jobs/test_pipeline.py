@@ -98,9 +98,10 @@ def test_commands_find_what_the_pipeline_left(killed, tmp_path):
     store, result, _ = killed
     found, _ = finish(start("evaluate", store, "--split", "test"))
     assert found["AP"] == result["AP"]["test"] and found["reused"]
-    # The same version again is champion already; a version that is no better is refused with exit code 3.
     said, _ = finish(start("promote", store))
     assert said["promoted"] and "already" in said["reason"]
+    refused, _ = finish(start("promote", store, "gate.min_ap=1"), expected=3)
+    assert not refused["promoted"] and refused["reason"]
 
     image = next((store / "sample").glob("*/sample/images/val_*"))
     picture = tmp_path / "out.png"
