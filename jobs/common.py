@@ -121,10 +121,10 @@ def ray_session(settings) -> Iterator[None]:
 def latest_checkpoint(settings, store: Path, data: dict[str, Any], given: str | None) -> tuple[Path, str | None]:
     """The checkpoint a command works on, and its MLflow run: the one given, or the last trained in this store."""
     from pipelines.settings import UserError
-    from pipelines.workflow import latest, step_download
+    from pipelines.workflow import download_model, latest
 
     if given is not None:
-        place = step_download(settings, store, data, given)[0]
+        place = download_model(settings, store, data, given)[0]
         return place, None
     training = latest(store, "train")
     if training is None:

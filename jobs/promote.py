@@ -14,13 +14,13 @@ def main(settings, store: Path, version: str | None) -> dict:
     """Make a version champion if it beats the present one on the same data; exit code 3 and a reason if not."""
     from pipelines.registry import newest_version, registered_name
     from pipelines.tracking import tracker
-    from pipelines.workflow import evaluate_stage, ingest_stage, promote_stage, step_download
+    from pipelines.workflow import download_model, evaluate_stage, ingest_stage, promote_stage
 
     with ray_session(settings):
         data = ingest_stage(settings, store)
         name = registered_name(settings, data["result"]["name"])
         version = version or newest_version(tracker(settings, store, data["result"]["name"]), name)
-        place, _, _ = step_download(settings, store, data, f"models:/{name}/{version}")
+        place, _, _ = download_model(settings, store, data, f"models:/{name}/{version}")
         evaluation = evaluate_stage(settings, store, data, place, "val")
         result = promote_stage(settings, store, data, version, evaluation)["result"]
     return {**result, "exit_code": 0 if result["promoted"] else GATE_REFUSED, "text": result["reason"]}

@@ -25,7 +25,6 @@ from pipelines.progress import console, progress
 from pipelines.settings import DataSettings, RunSettings, UserError, digest
 from pipelines.stage import read_json, write_json
 
-VERSION = 1  # raise by hand when the meaning of a shard changes
 FORMAT = 1
 ROW_GROUP = 64  # rows
 ROW_GROUP_BYTES = 128 * 2**20  # fewer rows than that where images are large

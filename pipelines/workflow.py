@@ -259,7 +259,7 @@ def _run_stages(settings: RunSettings, store: Path, step: Callable[..., Record])
     predictions = None
     champion = verdict["result"]["champion"]
     if champion is not None:
-        place, _, _ = step_download(settings, store, data, f"models:/{name}/{champion}")
+        place, _, _ = download_model(settings, store, data, f"models:/{name}/{champion}")
         images = str(data_path(settings, store) / (settings.data.test if "test" in splits else settings.data.val))
         if not Path(images).is_file():  # val was split off train: all images, then
             images = str(data_path(settings, store) / settings.data.train)
@@ -286,7 +286,7 @@ def _run_stages(settings: RunSettings, store: Path, step: Callable[..., Record])
     }
 
 
-def step_download(settings: RunSettings, store: Path, data: Record, uri: str) -> tuple[Path, str, str]:
+def download_model(settings: RunSettings, store: Path, data: Record, uri: str) -> tuple[Path, str, str]:
     """A registered model's checkpoint folder on this machine, its name and version."""
     from pipelines.registry import download
 
@@ -302,7 +302,7 @@ def find_model(settings: RunSettings, store: Path, uri: str | None) -> tuple[Pat
         if data is None:
             raise UserError("This store holds no dataset, so there is no champion; give --model.", 2)
         uri = f"models:/{registered_name(settings, data['result']['name'])}@champion"
-    return step_download(settings, store, data or {"result": {"name": "detr"}}, uri)
+    return download_model(settings, store, data or {"result": {"name": "detr"}}, uri)
 
 
 def run_of(settings: RunSettings, store: Path, data: Record, checkpoint: Path) -> str:
