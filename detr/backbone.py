@@ -33,6 +33,7 @@ class ResNetBackbone(nn.Module):
                 if not key.startswith(("layer2", "layer3", "layer4")):
                     parameter.requires_grad_(False)
         self.fine_channels = self.num_channels // 2
+        self.fine_stride, self.stride = 16, 16 if dilation else 32
         self.body = IntermediateLayerGetter(net, return_layers={"layer3": "fine", "layer4": "coarse"})
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +66,7 @@ class SmallBackbone(nn.Module):
     """A stem and three residual blocks to stride 16, 0.6 M parameters: trains from random weights on a laptop."""
 
     fine_channels = num_channels = 128
+    fine_stride, stride = 8, 16
 
     def __init__(self):
         super().__init__()

@@ -94,6 +94,8 @@ class ModelConfig(Settings):
             raise ValueError("denoising needs queries: anchors")
         if self.queries == "anchors" and self.pre_norm:
             raise ValueError("pre_norm is for queries: learned")
+        if self.queries == "anchors" and self.position_embedding != "sine":
+            raise ValueError("position_embedding: learned is for queries: learned")
         return self
 
 

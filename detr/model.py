@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from detr.backbone import build_backbone
 from detr.config import ModelConfig
+from detr.position import cell_centres, sine_of_points
 from detr.queries import MLP, AnchorDecoder, DenoisingQueries
 from detr.transformer import Transformer
 
@@ -53,16 +54,20 @@ class DETR(nn.Module):
         0..1 of the unpadded image, `aux_outputs`: the same of each earlier layer (aux_loss), and with
         denoising queries `denoising`: the same of all layers for them, [L, B, P, ...].
         """
-        fine, coarse = self.backbone[0](images)
+        body, encoding = self.backbone
+        fine, coarse = body(images)
         small = _shrink(mask, coarse)
-        pos = self.backbone[1](small).to(coarse.dtype).flatten(2).transpose(1, 2)
         src = self.input_proj(coarse).flatten(2).transpose(1, 2)
         key_mask = ~small.flatten(1)[:, None, None, :]
         if self.config.queries == "anchors":
+            centres = cell_centres(mask, *coarse.shape[-2:], body.stride)
+            pos = sine_of_points(centres, self.config.hidden_dim // 2).to(src.dtype)
             memory = self.transformer.encode(src, pos, key_mask)
             memory = self._fuse(memory.transpose(1, 2).unflatten(2, coarse.shape[-2:]), fine)
-            hs, boxes = self.decoder(memory, _shrink(mask, fine), self.backbone[1], self.bbox_embed, denoising)
+            centres = cell_centres(mask, *fine.shape[-2:], body.fine_stride)
+            hs, boxes = self.decoder(memory, _shrink(mask, fine), centres, self.bbox_embed, denoising)
         else:
+            pos = encoding(small).to(src.dtype).flatten(2).transpose(1, 2)
             hs = self.transformer(src, pos, key_mask, self.query_embed.weight)
             boxes = self.bbox_embed(hs).sigmoid()
         logits = self.class_embed(hs)
@@ -80,8 +85,10 @@ class DETR(nn.Module):
 
     def _fuse(self, memory: Tensor, fine: Tensor) -> Tensor:
         """The encoder's memory [B, D, h, w] on the finer grid of `fine`, with what only that grid shows."""
-        up = F.interpolate(memory, size=fine.shape[-2:], mode="bilinear", align_corners=False)
-        fused = self.fine_norm((self.fine_proj(fine) + up).permute(0, 2, 3, 1))
+        height, width = fine.shape[-2:]
+        factor = self.backbone[0].stride // self.backbone[0].fine_stride
+        up = F.interpolate(memory, scale_factor=factor, mode="bilinear", align_corners=False)
+        fused = self.fine_norm((self.fine_proj(fine) + up[..., :height, :width]).permute(0, 2, 3, 1))
         return fused.permute(0, 3, 1, 2)
 
     def parameter_groups(self, lr: float, lr_backbone: float) -> list[dict]:

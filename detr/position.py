@@ -52,6 +52,25 @@ class PositionEmbeddingLearned(nn.Module):
         return torch.cat([x, y], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
+def cell_centres(mask: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """Centres of the cells of a feature map: x and y in 0..1 of the unpadded image, [B, height * width, 2].
+
+    mask [B, H, W] is the image's own, true where padded. Counting cells instead (as published) puts things up to
+    half a cell from where their boxes are, because the last cell may be part padding: much, where cells are few.
+    """
+    valid = ~mask
+    size = torch.stack([valid.any(1).sum(1), valid.any(2).sum(1)], -1).clamp(min=1)  # width and height in pixels
+    x = torch.arange(width, device=mask.device).repeat(height)
+    y = torch.arange(height, device=mask.device).repeat_interleave(width)
+    return (torch.stack([x, y], -1) + 0.5) * stride / size[:, None]
+
+
+def sine_of_points(points: Tensor, dim: int) -> Tensor:
+    """Points [..., 2] as x, y in 0..1 -> [..., 2 * dim], y first: as `sine_of_boxes` encodes a box's centre."""
+    x, y = (points * (2 * math.pi)).unbind(-1)
+    return torch.cat([sine_features(y, dim), sine_features(x, dim)], dim=-1)
+
+
 def sine_of_boxes(boxes: Tensor, dim: int) -> Tensor:
     """Boxes [..., 4] as cxcywh in 0..1 -> [..., 4 * dim] in the order y, x, w, h (Liu et al. 2022, DAB-DETR)."""
     cx, cy, w, h = (boxes * (2 * math.pi)).float().unbind(-1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from detr.attention import MultiheadAttention
 from detr.boxes import inverse_sigmoid
 from detr.config import DenoisingConfig, ModelConfig
-from detr.position import sine_of_boxes
+from detr.position import sine_of_boxes, sine_of_points
 
 
 class MLP(nn.Module):
@@ -165,14 +165,14 @@ class AnchorDecoder(nn.Module):
         self.anchors = nn.Parameter(inverse_sigmoid(_grid_of_anchors(config.num_queries)))
 
     def forward(
-        self, memory: Tensor, mask: Tensor, position: nn.Module, bbox_embed: nn.Module,
+        self, memory: Tensor, mask: Tensor, centres: Tensor, bbox_embed: nn.Module,
         denoising: DenoisingQueries | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """memory [B, D, h, w], mask [B, h, w] true where padded, position: the encoding of a mask
+        """memory [B, D, h, w], mask [B, h, w] true where padded, centres [B, h * w, 2] of its cells
         -> (normalised outputs [L, B, P + Q, D], boxes [L, B, P + Q, 4])."""
         batch = memory.shape[0]
-        pos = position(mask).to(memory.dtype).flatten(2).transpose(1, 2)
-        cells = _cell_features(mask)
+        pos = sine_of_points(centres, self.dim // 2).to(memory.dtype)
+        cells = _cell_features(centres)
         key_mask = ~mask.flatten(1)[:, None, None, :]
         memory = memory.flatten(2).transpose(1, 2)
         tgt = self.content.expand(batch, -1, -1)
@@ -197,12 +197,10 @@ class AnchorDecoder(nn.Module):
         return torch.stack(outputs), torch.stack(boxes)
 
 
-def _cell_features(mask: Tensor) -> Tensor:
-    """x², x, y², y, 1 of the cells' centres, x and y from -0.5 to 0.5 over the unpadded part: [B, h * w, 5]."""
-    valid = ~mask
-    y = (valid.cumsum(1) - 0.5) / valid.sum(1, keepdim=True).clamp(min=1) - 0.5
-    x = (valid.cumsum(2) - 0.5) / valid.sum(2, keepdim=True).clamp(min=1) - 0.5
-    return torch.stack([x.square(), x, y.square(), y, torch.ones_like(x)], -1).flatten(1, 2)
+def _cell_features(centres: Tensor) -> Tensor:
+    """x², x, y², y, 1 of the cells' centres [B, N, 2], x and y counted from the image's middle: [B, N, 5]."""
+    x, y = (centres - 0.5).unbind(-1)
+    return torch.stack([x.square(), x, y.square(), y, torch.ones_like(x)], -1)
 
 
 def _pull(place: Tensor, anchors: Tensor) -> Tensor:

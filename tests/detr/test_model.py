@@ -12,7 +12,7 @@ from detr.config import LossConfig, ModelConfig
 from detr.criterion import SetCriterion
 from detr.matcher import HungarianMatcher, NonFiniteOutputs
 from detr.model import DETR, all_layers
-from detr.position import PositionEmbeddingLearned
+from detr.position import PositionEmbeddingLearned, cell_centres, sine_of_boxes, sine_of_points
 from detr.postprocess import PostProcess
 from detr.queries import make_denoising_queries
 
@@ -99,6 +99,18 @@ def test_outputs_hold_every_layer_the_last_one_last(config):
     assert torch.equal(without["pred_logits"], outputs["pred_logits"])
 
 
+def test_centres_of_cells_are_where_the_boxes_count_from():
+    """An image of 20 x 12 pixels at stride 8: the last column is half outside; padding further moves nothing."""
+    for height, width in ((16, 24), (32, 40)):
+        mask = torch.ones(1, height, width, dtype=torch.bool)
+        mask[:, :12, :20] = False
+        centres = cell_centres(mask, height // 8, width // 8, 8).view(height // 8, width // 8, 2)
+        torch.testing.assert_close(centres[:2, :3, 0], torch.tensor([[4, 12, 20]] * 2) / 20)
+        torch.testing.assert_close(centres[:2, :3, 1], torch.tensor([[4] * 3, [12] * 3]) / 12)
+    same = sine_of_boxes(torch.cat([centres, torch.rand(*centres.shape)], -1), 8)[..., :16]
+    torch.testing.assert_close(sine_of_points(centres, 8), same)
+
+
 def test_padded_cells_of_the_memory_are_not_looked_at(config):
     """What stands in padding does not reach any query, in either decoder."""
     mask = torch.zeros(1, 4, 6, dtype=torch.bool)
@@ -109,7 +121,7 @@ def test_padded_cells_of_the_memory_are_not_looked_at(config):
 
     def decode(x: torch.Tensor) -> torch.Tensor:
         if config.queries == "anchors":
-            return model.decoder(x, mask, model.backbone[1], model.bbox_embed, None)[0]
+            return model.decoder(x, mask, cell_centres(mask, 4, 6, 1), model.bbox_embed, None)[0]
         allowed = ~mask.flatten(1)[:, None, None, :]
         return model.transformer(x.flatten(2).transpose(1, 2), pos, allowed, model.query_embed.weight)
 
