@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pycocotools import mask as run_lengths
 from torch import nn
 
 from detr.batch import normalise, pad_images
@@ -28,10 +29,12 @@ from detr.segmentation import (
     build_model,
     id_to_rgb,
 )
+from pipelines.coco import masks_of
+from pipelines.detect import Detector
 
 CONFIG = ModelConfig(
     backbone="resnet18", hidden_dim=128, nheads=8, enc_layers=1, dec_layers=2, dim_feedforward=64, dropout=0.0,
-    num_queries=5, num_classes=4, masks=True,
+    num_queries=5, num_classes=4, masks=True, image_size=64,
 )  # fmt: skip
 
 
@@ -172,6 +175,7 @@ def test_the_mask_head_reads_every_querys_maps_beside_the_features():
     ],
 )
 def test_masks_stand_beside_the_plain_detectors_outputs(settings, size):
+    torch.manual_seed(0)
     model = build_model(ModelConfig.model_validate({**CONFIG.model_dump(), **settings})).eval()
     images, mask = some_images([(65, 97), (60, 70)])
     with torch.no_grad():
@@ -252,6 +256,7 @@ def test_the_mask_losses_alone_reach_the_detector():
 
 def test_a_frozen_detector_does_not_move_while_training():
     config = CONFIG.model_copy(update={"backbone": "small", "norm": "batch"})
+    torch.manual_seed(0)
     model = DETRsegm(DETR(config), freeze_detr=True).train()
     before = {name: value.clone() for name, value in model.detr.state_dict().items()}
     criterion = SetCriterion(config, LossConfig())
@@ -347,6 +352,27 @@ def test_masks_that_are_not_finite_stop_training_and_name_the_image():
     assert caught.value.images == [1]
 
 
+# ---------------------------------------------------------------- targets
+
+
+def test_masks_of_annotations():
+    case = fill.load_json("convert")["cases"]["plain+masks"]
+    want = fill.load_npz("convert")["plain+masks/masks"]
+    assert np.array_equal(masks_of(case["annotations"], *want.shape[1:]), want.astype(bool))
+    crowd = fill.load_json("convert")["cases"]["crowd_dropped"]["annotations"][1]
+    runs = np.zeros(40 * 60, bool)
+    runs[100:600] = True
+    packed = run_lengths.encode(np.asfortranarray(runs.reshape(60, 40).T.astype(np.uint8)))
+    parts = {"segmentation": [[5, 6, 25, 6, 25, 16, 5, 16], [40, 0, 50, 0, 50, 40, 40, 40]]}
+    found = masks_of([crowd, {"segmentation": packed}, parts, {"segmentation": []}], 40, 60)
+    assert np.array_equal(found[0], runs.reshape(60, 40).T) and np.array_equal(found[1], found[0])
+    assert found[2, 10, 10] and found[2, 20, 45] and found[2].sum() == want[0].sum() + 400
+    assert not found[3].any()
+    assert masks_of([], 4, 6).shape == (0, 4, 6)
+    with pytest.raises(ValueError, match="shape"):
+        masks_of([crowd], 30, 60)
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -358,6 +384,9 @@ def test_a_model_with_masks_comes_back_as_it_was_saved(tmp_path):
     batch = some_images([(64, 64)])
     with torch.no_grad():
         assert torch.equal(loaded(*batch)["pred_masks"], model(*batch)["pred_masks"])
+    photo = [Image.new("RGB", (40, 30), "red")]
+    found, plain = Detector.load(tmp_path).detect(photo)[0], Detector(model.detr, []).detect(photo)[0]
+    assert np.array_equal(found["boxes"], plain["boxes"]) and len(found["boxes"]) == 5
 
 
 def test_an_official_panoptic_file_is_loaded(tmp_path):
