@@ -17,6 +17,7 @@ from torch import Tensor
 
 from detr.config import PRESETS, ModelConfig
 from detr.model import DETR
+from detr.segmentation import DETRsegm, build_model
 
 FORMAT = 1
 
@@ -27,7 +28,7 @@ class CheckpointError(Exception):
 
 def save_checkpoint(
     folder: Path | str,
-    model: DETR,
+    model: DETR | DETRsegm,
     categories: list[dict[str, Any]],
     *,
     score_threshold: float = 0.5,
@@ -51,7 +52,7 @@ def save_checkpoint(
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def load_checkpoint(folder: Path | str) -> tuple[DETR, dict[str, Any]]:
+def load_checkpoint(folder: Path | str) -> tuple[DETR | DETRsegm, dict[str, Any]]:
     """A checkpoint folder -> (the model, ready to detect; its config.json).
 
     Raises CheckpointError when a file is missing, damaged, from a later version, or does not fit.
@@ -64,7 +65,7 @@ def load_checkpoint(folder: Path | str) -> tuple[DETR, dict[str, Any]]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["format"] > FORMAT:
             raise CheckpointError(f"{folder} was written by a later version (format {config['format']})")
-        model = DETR(ModelConfig.model_validate(config["model"]))
+        model = build_model(ModelConfig.model_validate(config["model"]))
         state = load_file(folder / "model.safetensors")
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {' '.join(str(error).split())}") from error
@@ -72,19 +73,21 @@ def load_checkpoint(folder: Path | str) -> tuple[DETR, dict[str, Any]]:
     return model.eval(), config
 
 
-def load_official(path: Path | str) -> DETR:
-    """An official DETR .pth (weights under the key "model") -> the model of the matching preset.
+def load_official(path: Path | str) -> DETR | DETRsegm:
+    """An official DETR .pth (weights under the key "model"), or one with masks -> the model of the matching preset.
 
     Read with weights_only=True. Raises CheckpointError saying which keys are missing, unexpected or of
     another shape. DC5 has the same weights as its plain model; set `dilation` on the configuration for it.
     """
     state = read_pth(path)
-    preset = "detr_resnet101" if "backbone.0.body.layer3.22.conv1.weight" in state else "detr_resnet50"
+    detr = "detr." if "detr.class_embed.weight" in state else ""  # with masks the detector is a part
+    preset = "detr_resnet101" if f"{detr}backbone.0.body.layer3.22.conv1.weight" in state else "detr_resnet50"
     try:
-        heads, queries = list(state["class_embed.weight"].shape), list(state["query_embed.weight"].shape)
+        heads, queries = (list(state[f"{detr}{name}_embed.weight"].shape) for name in ("class", "query"))
         classes, hidden = heads
         config = ModelConfig(
-            **{**PRESETS[preset], "num_classes": classes - 1, "hidden_dim": hidden, "num_queries": queries[0]}
+            **{**PRESETS[preset], "num_classes": classes - 1, "hidden_dim": hidden, "num_queries": queries[0]},
+            masks=bool(detr),
         )
     except KeyError as error:
         raise CheckpointError(f"{path} holds no DETR: it has no {error.args[0]}") from error
@@ -92,7 +95,7 @@ def load_official(path: Path | str) -> DETR:
         raise CheckpointError(
             f"{path} holds no DETR: class_embed.weight has the shape {heads}, query_embed.weight {queries}"
         ) from error
-    model = DETR(config)
+    model = build_model(config)
     _load_exactly(model, state, str(path))
     return model.eval()
 
@@ -122,7 +125,7 @@ def fit_weights(model: DETR, state: dict[str, Tensor]) -> list[str]:
     return sorted(set(own) - set(fitting))
 
 
-def _load_exactly(model: DETR, state: dict[str, Tensor], where: str) -> None:
+def _load_exactly(model: DETR | DETRsegm, state: dict[str, Tensor], where: str) -> None:
     own = model.state_dict()
     problems = [
         f"{word} {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''} ({len(keys)} in all)"
