@@ -206,8 +206,9 @@ def _panel(image: Image.Image, boxes, attention: np.ndarray | None = None) -> tu
         heat = Image.fromarray(attention.astype(np.float32)).resize(panel.size, Image.Resampling.BILINEAR)
         heat = np.asarray(heat)[..., None] / max(float(attention.max()), 1e-12)
         grey = np.asarray(panel.convert("L"), np.float32)[..., None]
-        share = heat.clip(0, 1) ** 0.5
-        colour = colormaps["inferno"](share[..., 0])[..., :3] * 255
+        heat = heat.clip(0, 1) ** 0.7
+        colour = colormaps["inferno"](heat[..., 0])[..., :3] * 255
+        share = 0.85 * heat
         mixed = 0.75 * grey * (1 - share) + colour * share
         panel = Image.fromarray(mixed.round().astype(np.uint8))
     return panel, boxes
@@ -224,7 +225,7 @@ def _mark(canvas: Image.Image, place: np.ndarray, text: str, colour) -> None:
 
 def _sheet(panels: list[Image.Image], gap: int = 8) -> Image.Image:
     """Panels of one size in rows on white."""
-    columns = min(len(panels), 4, math.ceil(math.sqrt(len(panels))))
+    columns = len(panels) if len(panels) <= 3 else min(4, math.ceil(math.sqrt(len(panels))))
     rows = math.ceil(len(panels) / columns)
     width, height = panels[0].width + gap, panels[0].height + gap
     sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")

@@ -76,21 +76,25 @@ class Explanation:
     """What the queries found in one image, the surest first, and where the model looked for it.
 
     queries int64 [N], labels int64 [N], scores float32 [N], boxes float32 [N, 4] (xyxy, pixels, clipped).
-    attention float32 [N, H, W]: the decoder's for these queries, mean of the heads, over the image at the
-    size the model sees it. from_cell [h, w, h, w]: the encoder's, likewise, over the padded input, or None.
+    from_query [N, h, w] and from_cell [h, w, h, w] are the decoder's and the encoder's attention, the mean of the
+    heads, over the padded input; from_cell is None where the model has no encoder layer.
     """
 
     queries: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
     boxes: np.ndarray
-    attention: np.ndarray
+    from_query: Tensor
     from_cell: Tensor | None
     mask: Tensor  # [H, W] of the padded input
     size: tuple[int, int]  # width and height of the image itself
 
+    def decoder_attention(self, number: int | None = None) -> np.ndarray:
+        """From the surest `number` of the queries, or all, over the image at the model's size of it: [N, H, W]."""
+        return over_image(self.from_query[:number], self.mask).cpu().numpy()
+
     def encoder_attention(self, points: np.ndarray | list) -> np.ndarray:
-        """From points [P, 2] (x, y in pixels of the image) to everywhere: [P, H, W], as `attention`.
+        """From points [P, 2] (x, y in pixels of the image) over the image at the model's size of it: [P, H, W].
 
         Raises ValueError for a point outside the image, or a model without encoder layers.
         """
@@ -123,7 +127,7 @@ def explain(model: DETR, image: Image.Image, score_threshold: float = 0.5) -> Ex
     boxes = torch.minimum((boxes[order] * size).clamp(min=0), size)
     return Explanation(
         *(x.cpu().numpy() for x in (order, labels[order], scores[order].float(), boxes.float())),
-        attention=over_image(maps.decoder[0, :, order].mean(0), mask[0]).cpu().numpy(),
+        from_query=maps.decoder[0, :, order].mean(0),
         from_cell=None if maps.encoder is None else maps.encoder[0].mean(0),
         mask=mask[0],
         size=image.size,

@@ -103,7 +103,7 @@ def _pictures(image, found, names: list[str], certain: int, classes: list[str], 
     pictures = {
         "detections.jpg": draw_detections(image, found.boxes[sure], names[sure], found.scores[sure], colours[sure]),
         "decoder_attention.png": draw_decoder_attention(
-            image, found.attention[some], found.boxes[some], names[some], found.scores[some], colours[some]
+            image, found.decoder_attention(PANELS), found.boxes[some], names[some], found.scores[some], colours[some]
         ),
     }
     if found.from_cell is not None:
