@@ -145,7 +145,7 @@ def test_attention_from_a_point_starts_in_the_point_s_own_cell():
     from_cell = torch.eye(24).reshape(4, 6, 4, 6)  # every cell attends to itself
     none = np.zeros(0)
     found = Explanation(none, none, none, none, torch.zeros(0, 4, 6), from_cell, mask, (180, 100))
-    points = np.array([[0, 0], [179.9, 99.9], [100, 20], [40, 70]])
+    points = np.array([[0, 0], [179.9, 99.9], [100, 20], [40, 62]])
     maps = found.encoder_attention(points)
     assert maps.shape == (4, 50, 90)
     for weights, (x, y) in zip(maps, points / 2, strict=True):
