@@ -2,8 +2,13 @@
 from __future__ import annotations
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from detr.config import ModelConfig
+from detr.transforms import input_size, resize_to, to_uint8
+
+SHAPE_STEP = 16  # batches are padded to multiples of this many pixels, so that few shapes occur
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
@@ -18,6 +23,15 @@ def pad_images(images: list[Tensor], multiple: int = 1) -> tuple[Tensor, Tensor]
     for slot, image in zip(batch, images, strict=True):
         slot[:, : image.shape[1], : image.shape[2]] = image
     return batch, sizes
+
+
+def prepare_images(
+    images: list[Image.Image], config: ModelConfig, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """RGB images -> what the model takes: (images [B, 3, H, W], mask [B, H, W], true where padded) on the device."""
+    resized = [to_uint8(resize_to(image, {}, input_size(config, *image.size))[0]) for image in images]
+    batch, sizes = pad_images(resized, SHAPE_STEP)
+    return normalise(batch.to(device), sizes.to(device))
 
 
 def normalise(batch: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:

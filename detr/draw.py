@@ -1,7 +1,8 @@
-"""Boxes on images: what was found, and what is there."""
+"""Boxes on images: what was found, and what is there. Where the model looked, and where each query looks."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -76,6 +77,93 @@ def draw_truth_and_detections(
     return canvas
 
 
+def draw_decoder_attention(
+    image: Image.Image,
+    attention: np.ndarray,
+    boxes: np.ndarray | Sequence[Sequence[float]],
+    labels: Sequence[str],
+    scores: Sequence[float],
+    colours: Sequence[tuple[int, int, int]] | None = None,
+) -> Image.Image:
+    """A panel per detection: its box, and the attention [N, h, w] of its query over the image (paper, figure 6).
+
+    boxes [N, 4] are xyxy in pixels of `image`; colours [N] are RGB, by default one per label. Each panel has its
+    own scale: its brightest spot is where that query looks most. Without detections the image is the only panel.
+    Raises ValueError for lists of unequal length.
+    """
+    if colours is None:
+        by_name = class_colours(sorted(set(labels)))
+        colours = [by_name[label] for label in labels]
+    panels = []
+    for weights, box, label, score, colour in zip(attention, boxes, labels, scores, colours, strict=True):
+        panel, box = _panel(image, box, weights)
+        _boxes(panel, box, [colour], 2)
+        _tags(panel, box, [label], [score], [colour])
+        panels.append(panel)
+    return _sheet(panels or [_panel(image, [])[0]])
+
+
+def draw_encoder_attention(
+    image: Image.Image, attention: np.ndarray, points: np.ndarray | Sequence[Sequence[float]]
+) -> Image.Image:
+    """The image with the points [P, 2] (x, y in its pixels), then the attention [P, h, w] of each (paper, figure 3).
+
+    The encoder's self-attention tends to part one object from its neighbours. Raises ValueError for lists of
+    unequal length.
+    """
+    points = np.asarray(points, np.float64).reshape(-1, 2)
+    overview, places = _panel(image, np.tile(points, 2))
+    panels = [overview]
+    for number, (weights, place) in enumerate(zip(attention, places, strict=True), 1):
+        panel, _ = _panel(image, [], weights)
+        for canvas in (overview, panel):
+            _mark(canvas, place[:2], str(number), PALETTE[(number - 1) % len(PALETTE)])
+        panels.append(panel)
+    return _sheet(panels)
+
+
+def draw_queries(boxes: np.ndarray) -> Image.Image:
+    """A panel per query with the centres of its boxes [I, Q, 4] (cxcywh in 0..1) in I images (paper, figure 7).
+
+    Green boxes have both sides under a third of the image's; of the others red ones are at least as wide as
+    high and blue ones higher than wide, each side as a share of the image's.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import PatchCollection
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    images, queries = boxes.shape[:2]
+    columns = math.ceil(math.sqrt(queries))
+    rows = math.ceil(queries / columns)
+    number = np.arange(queries)
+    corners = np.stack([number % columns * 1.06, number // columns * 1.15], 1)  # of panels a unit wide and high
+    x, y = np.moveaxis(boxes[..., :2].clip(0, 1) + corners, -1, 0)
+    small = (boxes[..., 2:] < 1 / 3).all(-1)
+    wide = ~small & (boxes[..., 2] >= boxes[..., 3])
+    width, height = columns * 1.06 + 0.1, rows * 1.15 + 0.1  # of all panels
+    figure = Figure(figsize=(max(width, 5), height + 0.4), dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, height / (height + 0.4)))
+    axes.set_axis_off()
+    axes.set_aspect("equal")
+    axes.set_xlim(-0.08, width - 0.08)
+    axes.set_ylim(height - 0.22, -0.22)
+    frames = [Rectangle(corner, 1, 1) for corner in corners]
+    axes.add_collection(PatchCollection(frames, facecolor="#f5f5f2", edgecolor="#c9c9c4", linewidth=0.6))
+    for at, corner in enumerate(corners):
+        axes.text(*corner, f" {at}", fontsize=6, color="#52514e", va="bottom")
+    area = float(np.clip(400 / max(1, images), 0.5, 8))  # of a dot in square points
+    for kind, word, colour in (
+        (small, "small", "#009e50"), (wide, "large, wide", "#d62728"), (~(small | wide), "large, high", "#1f5fd6"),
+    ):  # fmt: skip
+        axes.scatter(x[kind], y[kind], area, colour, linewidths=0, alpha=0.7, label=word)
+    figure.legend(loc="upper center", ncols=3, frameon=False, fontsize=8, markerscale=(16 / area) ** 0.5,
+                  title=f"box centres of {queries} queries in {images} images", title_fontsize=8)  # fmt: skip
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
 def _canvas(image: Image.Image, boxes) -> tuple[Image.Image, np.ndarray]:
     """The RGB copy to draw on, and the boxes in its pixels, float64 [N, 4]."""
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
@@ -104,6 +192,46 @@ def _tags(canvas: Image.Image, boxes: np.ndarray, labels, scores, colours) -> No
         texts = [f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
     for box, text, colour in reversed(list(zip(boxes, texts, colours, strict=True))):
         _tag(draw, canvas, box, text, colour)
+
+
+def _panel(image: Image.Image, boxes, attention: np.ndarray | None = None) -> tuple[Image.Image, np.ndarray]:
+    """The image at the size of a panel, under its attention [h, w] if there is one; and boxes in its pixels."""
+    scale = min(1, MIN_SIDE / max(image.size))
+    small = image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4) * (np.array(small.size * 2) / np.array(image.size * 2))
+    panel, boxes = _canvas(small, boxes)
+    if attention is not None:
+        from matplotlib import colormaps
+
+        heat = Image.fromarray(attention.astype(np.float32)).resize(panel.size, Image.Resampling.BILINEAR)
+        heat = np.asarray(heat)[..., None] / max(float(attention.max()), 1e-12)
+        grey = np.asarray(panel.convert("L"), np.float32)[..., None]
+        heat = heat.clip(0, 1) ** 0.7
+        colour = colormaps["inferno"](heat[..., 0])[..., :3] * 255
+        share = 0.85 * heat
+        mixed = 0.75 * grey * (1 - share) + colour * share
+        panel = Image.fromarray(mixed.round().astype(np.uint8))
+    return panel, boxes
+
+
+def _mark(canvas: Image.Image, place: np.ndarray, text: str, colour) -> None:
+    """A disc with a word in it."""
+    draw = ImageDraw.Draw(canvas)
+    radius = 11
+    x, y = place
+    draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour, outline=(255, 255, 255), width=2)
+    draw.text((x, y), text, fill=(0, 0, 0), font=ImageFont.load_default(14), anchor="mm")
+
+
+def _sheet(panels: list[Image.Image], gap: int = 8) -> Image.Image:
+    """Panels of one size in rows on white."""
+    columns = len(panels) if len(panels) <= 3 else min(4, math.ceil(math.sqrt(len(panels))))
+    rows = math.ceil(len(panels) / columns)
+    width, height = panels[0].width + gap, panels[0].height + gap
+    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for number, panel in enumerate(panels):
+        sheet.paste(panel, (number % columns * width, number // columns * height))
+    return sheet
 
 
 def _line(canvas: Image.Image) -> int:

@@ -16,7 +16,7 @@ from detr.model import DETR, Outputs
 from detr.queries import DenoisingQueries
 
 
-class AttentionMaps(nn.Module):
+class MHAttentionMap(nn.Module):
     """Where each query looks: attention weights over the encoder's memory, without values."""
 
     def __init__(self, dim: int, heads: int):
@@ -98,7 +98,7 @@ class DETRsegm(nn.Module):
         if freeze_detr:
             detr.requires_grad_(False)
         config = detr.config
-        self.bbox_attention = AttentionMaps(config.hidden_dim, config.nheads)
+        self.bbox_attention = MHAttentionMap(config.hidden_dim, config.nheads)
         self.mask_head = MaskHead(config.hidden_dim, config.nheads, detr.backbone[0].stage_channels[-2::-1])
 
     @property

@@ -15,6 +15,7 @@ COMMANDS = {
     "register": "Put a checkpoint into the MLflow registry.",
     "promote": "Make a version champion if it passes the gate.",
     "predict": "Detect on one image, a folder, a bucket prefix or a list.",
+    "explain": "Draw where the model looks in one image, and each query over many.",
     "report": "Write the page about the last training.",
 }
 

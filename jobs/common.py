@@ -118,6 +118,19 @@ def ray_session(settings) -> Iterator[None]:
         ray.shutdown()
 
 
+def read_image(settings, path: Path):
+    """The RGB image in a file; UserError if there is none or it cannot be used."""
+    from detr.transforms import ImageError, decode_image
+    from pipelines.settings import UserError
+
+    if not path.is_file():
+        raise UserError(f"There is no image {path}.", 2)
+    try:
+        return decode_image(path.read_bytes(), settings.predict.max_pixels)
+    except ImageError as error:
+        raise UserError(f"{path} cannot be used: {error}.") from error
+
+
 def latest_checkpoint(settings, store: Path, data: dict[str, Any], given: str | None) -> tuple[Path, str | None]:
     """The checkpoint a command works on, and its MLflow run: the one given, or the last trained in this store."""
     from pipelines.settings import UserError

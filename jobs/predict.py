@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from jobs.common import job, ray_session
+from jobs.common import job, ray_session, read_image
 
 
 @click.option("--input", "given", metavar="INPUT", help="The same as the argument INPUT.")
@@ -46,18 +46,11 @@ def main(
 
 def _show(settings, store: Path, path: Path, model: str | None, output: str | None) -> dict:
     from detr.draw import draw_detections
-    from detr.transforms import ImageError, decode_image
     from pipelines.detect import Detector
-    from pipelines.settings import UserError
     from pipelines.workflow import find_model
 
-    if not path.is_file():
-        raise UserError(f"There is no image {path}.", 2)
+    image = read_image(settings, path)
     checkpoint, name, version = find_model(settings, store, model)
-    try:
-        image = decode_image(path.read_bytes(), settings.predict.max_pixels)
-    except ImageError as error:
-        raise UserError(f"{path} cannot be used: {error}.") from error
     detector = Detector.load(checkpoint)
     threshold = settings.predict.score_threshold
     threshold = detector.score_threshold if threshold is None else threshold

@@ -10,14 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from detr.batch import normalise, pad_images
+from detr.batch import prepare_images
 from detr.checkpoint import load_checkpoint
 from detr.model import DETR
 from detr.postprocess import PostProcess
 from detr.segmentation import DETRsegm
-from detr.transforms import input_size, resize_to, to_uint8
-
-SHAPE_STEP = 16  # batches are padded to multiples of this many pixels, so that few shapes occur
 
 
 class Detector:
@@ -60,10 +57,7 @@ class Detector:
 
     @torch.inference_mode()
     def _detect_batch(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
-        config = self.model.config
-        resized = [to_uint8(resize_to(image, {}, input_size(config, *image.size))[0]) for image in images]
-        batch, sizes = pad_images(resized, SHAPE_STEP)
-        pixels, mask = normalise(batch.to(self.device), sizes.to(self.device))
+        pixels, mask = prepare_images(images, self.model.config, self.device)
         outputs = self.model(pixels.contiguous(memory_format=torch.channels_last), mask)
         original = torch.tensor([[image.height, image.width] for image in images], device=self.device)
         results = []

@@ -25,7 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from detr.batch import pad_images
+from detr.batch import SHAPE_STEP, pad_images
 from detr.config import ModelConfig
 from detr.transforms import (
     augment_detr,
@@ -37,7 +37,6 @@ from detr.transforms import (
     resize_to,
     to_uint8,
 )
-from pipelines.detect import SHAPE_STEP
 from pipelines.settings import AugmentSettings
 from pipelines.stage import read_json
 

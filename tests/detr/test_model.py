@@ -142,7 +142,7 @@ def test_attention_is_that_of_torch_with_the_same_weights():
     want, want_weights = theirs(query, key, value, key_padding_mask=padded, average_attn_weights=False)
     allowed = ~padded[:, None, None, :]
     torch.testing.assert_close(own(query, key, value, allowed), want, rtol=0, atol=1e-5)
-    torch.testing.assert_close(own.weights(query, key, allowed), want_weights, rtol=0, atol=1e-5)
+    torch.testing.assert_close(own.explicit(query, key, value, allowed)[1], want_weights, rtol=0, atol=1e-5)
 
 
 def test_a_factored_bias_is_added_to_the_logits():

@@ -21,9 +21,9 @@ from detr.matcher import NonFiniteOutputs
 from detr.model import DETR, count_parameters
 from detr.postprocess import PostProcess
 from detr.segmentation import (
-    AttentionMaps,
     DETRsegm,
     MaskHead,
+    MHAttentionMap,
     PostProcessPanoptic,
     PostProcessSegm,
     build_model,
@@ -88,7 +88,7 @@ def test_names_and_numbers_of_the_weights_and_their_groups(backbone):
 
 def test_initialisation_is_the_official_one():
     torch.manual_seed(0)
-    modules = {"bbox_attention": AttentionMaps(256, 8), "mask_head": MaskHead(256, 8, (1024, 512, 256))}
+    modules = {"bbox_attention": MHAttentionMap(256, 8), "mask_head": MaskHead(256, 8, (1024, 512, 256))}
     stats = fill.load_json("init_stats")
     names = [f"{part}.{name}" for part, module in modules.items() for name, _ in module.named_parameters()]
     assert names == [name for name in stats if not name.startswith("detr.")]
@@ -125,7 +125,7 @@ def test_settings_without_a_mask_head_are_refused(settings, reason):
 
 
 def test_attention_maps_are_one_softmax_over_heads_and_cells():
-    maps = AttentionMaps(4, 2).double()
+    maps = MHAttentionMap(4, 2).double()
     with torch.no_grad():
         maps.q_linear.weight.copy_(torch.eye(4))
         maps.k_linear.weight.copy_(2 * torch.eye(4))
@@ -209,7 +209,7 @@ def test_a_batch_equals_its_images_one_by_one_at_the_same_padded_size():
 def test_attention_maps_do_not_move_with_further_padding():
     """Masks do: the published head's group norms average over the padding."""
     torch.manual_seed(0)
-    maps = AttentionMaps(32, 8)
+    maps = MHAttentionMap(32, 8)
     queries, memory = torch.randn(1, 3, 32), torch.randn(1, 4, 5, 32)
     padding = torch.zeros(1, 4, 5, dtype=torch.bool)
     padding[:, :, 4:] = True

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -136,3 +138,93 @@ def test_sample_writes_a_coco_folder(tmp_path):
     assert result.exit_code == 0
     assert json.loads(result.stdout)["images"] == {"train": 6, "val": 2}
     assert len(list((tmp_path / "digits" / "images").iterdir())) == 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny model of two classes that has learnt nothing."""
+    import torch
+
+    from detr.checkpoint import save_checkpoint
+    from detr.config import ModelConfig
+    from detr.model import DETR
+
+    torch.manual_seed(0)
+    config = ModelConfig(preset="tiny", hidden_dim=32, nheads=4, dim_feedforward=64, num_queries=6, num_classes=2)
+    folder = tmp_path_factory.mktemp("model")
+    save_checkpoint(folder, DETR(config), [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}])
+    return folder
+
+
+def explained(checkpoint, tmp_path, *more: str):
+    Image.effect_noise((64, 48), 80).convert("RGB").save(tmp_path / "photo.jpg")
+    return detr("explain", "--store", str(tmp_path / "store"), "--model", str(checkpoint),
+                "--output", str(tmp_path / "pictures"), str(tmp_path / "photo.jpg"), *more)  # fmt: skip
+
+
+def test_explain_writes_its_pictures(checkpoint, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40 + 8 * number, 40)).save(images / f"{number}.png")
+    (images / "bad.png").write_bytes(b"not an image")
+    result = explained(checkpoint, tmp_path, "--json", "--points", "3,4 60.5,40", "--dataset", str(images),
+                       "predict.score_threshold=0")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert sorted(d["query"] for d in said["detections"]) == list(range(6))
+    assert {d["name"] for d in said["detections"]} <= {"cat", "dog"}
+    assert said["dataset_images"] == 4 and said["rejects"] == {"it is not an image of a known format": 1}
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "pictures").iterdir()}
+    assert set(said["pictures"]) == set(sizes)
+    assert sizes["detections.jpg"] == (480, 360)
+    assert sizes["encoder_attention.png"] == (3 * 488 - 8, 360)  # the image and a panel for each point
+    assert sizes["decoder_attention.png"] == (3 * 488 - 8, 2 * 368 - 8)  # six queries
+    assert "queries.png" in sizes
+
+
+def test_explain_says_when_nothing_was_found(checkpoint, tmp_path):
+    result = explained(checkpoint, tmp_path, "predict.score_threshold=1")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Nothing found") and "queries.png" not in result.stdout
+    assert Image.open(tmp_path / "pictures" / "encoder_attention.png").width == 2 * 488 - 8
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--points", "3;4"], "3;4"),
+        (["--points", "64,4"], "64x48"),
+        (["--points", "1,1", "2,2"], "quotes"),
+        (["--dataset", "nowhere"], "nowhere"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_explain_refuses_what_it_cannot_use(checkpoint, tmp_path, more, word):
+    result = explained(checkpoint, tmp_path, *more)
+    assert result.exit_code == 2
+    assert word in sentence(result)
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_explain_has_a_limit_of_pixels_and_reads_images_only(checkpoint, tmp_path):
+    result = explained(checkpoint, tmp_path, "predict.max_pixels=3071")
+    assert result.exit_code == 1 and "3071" in sentence(result)
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"not an image")
+    result = explained(checkpoint, tmp_path, "--dataset", str(bad))
+    assert result.exit_code == 1 and "known format" in result.stderr
+
+
+def test_the_guides_python_draws_attention_without_ray(checkpoint, tmp_path):
+    Image.effect_noise((320, 240), 80).save(tmp_path / "photo.jpg")
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", guide, re.S) if "detr.explain" in c)
+    code = code.replace("path/to/checkpoint", str(checkpoint))
+    for name in ("photo.jpg", "encoder.png", "decoder.png"):
+        code = code.replace(name, str(tmp_path / name))
+    code += "\nimport sys\nassert not {'ray', 'mlflow', 'dbos', 'matplotlib.pyplot'} & set(sys.modules)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "encoder.png").size == (3 * 488 - 8, 360)
+    assert (tmp_path / "decoder.png").is_file()
