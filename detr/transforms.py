@@ -71,8 +71,9 @@ def annotations_to_target(
     """COCO annotations of one image -> target, by the official rules.
 
     Crowds are left out; boxes [x, y, width, height] become corners clamped to the image, and those without area
-    are dropped. masks: uint8 [N, height, width] of the N annotations, decoded. `labels` are category ids, `size`
-    and `orig_size` are (height, width). As published, `iscrowd` is float where there is no annotation.
+    are dropped. masks: [N, height, width] of the N annotations, decoded; the target's are uint8. `labels` are
+    category ids, `size` and `orig_size` are (height, width). As published, `iscrowd` is float where there is no
+    annotation.
     """
     used = [i for i, a in enumerate(annotations) if not a.get("iscrowd")]
     boxes = torch.tensor([annotations[i]["bbox"] for i in used], dtype=torch.float32).reshape(-1, 4)
@@ -85,7 +86,7 @@ def annotations_to_target(
         "iscrowd": torch.tensor([annotations[i].get("iscrowd", 0) for i in used]),
     }
     if masks is not None:
-        target["masks"] = masks[used]
+        target["masks"] = masks[used].to(torch.uint8)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     target = {k: v[keep] for k, v in target.items()}
     size = torch.tensor([height, width])

@@ -33,7 +33,8 @@ class HostCopies(TorchFunctionMode):
     """Lists what would make a host wait for its device, every tensor standing for one on a device.
 
     Calls from Python (`cpu`, `numpy`, `tolist`) are seen here; values read by any other way, and sizes that depend
-    on values, in the operations they end in. What `cpu` returns is on the host, as is what is marked `on_host`.
+    on values, in the operations they end in. What `cpu` returns is on the host, as is what is marked `on_host` and
+    what is computed from nothing else.
     """
 
     READS = (torch.Tensor.numpy, torch.Tensor.tolist)
@@ -58,7 +59,10 @@ class HostCopies(TorchFunctionMode):
         if (to_host or function in self.READS) and not getattr(args[0], "on_host", False):
             self.seen.append(function.__name__)
         result = function(*args, **kwargs)
-        if to_host:
+        given = [getattr(x, "on_host", False) for x in args if isinstance(x, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and (
+            to_host or (given and all(given) and function is not torch.Tensor.to)
+        ):
             result = result.detach()  # another object than what is on the device
             result.on_host = True
         return result

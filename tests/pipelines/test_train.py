@@ -15,6 +15,7 @@ from pipelines import train as module
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
 from pipelines.train import (
     _Budget,
+    _Log,
     _train_step,
     find_weights,
     load_initial_weights,
@@ -168,3 +169,29 @@ def test_outputs_that_are_not_finite_name_the_images():
     with pytest.raises(UserError, match=r"11, 42.*train\.lr"):
         _train_step(model, SetCriterion(settings.model, settings.loss), optimizer, batch, 0, settings, 0)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items() if k != "class_embed.bias")
+
+
+@pytest.mark.parametrize("preset", ["detr_resnet50", "tiny"])
+def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_path, preset, host_copies):
+    small = {**SMALL, "preset": preset, "backbone": "small", "norm": "batch"}
+    settings = override_settings(RunSettings(), {"model": small})
+    model = DETR(settings.model)
+    ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-4, 1e-4), fused=True)
+    criterion = SetCriterion(settings.model, settings.loss)
+    log = _Log(tmp_path / "progress.jsonl", None, "", True)
+    log.per_epoch, log._track = 10.0, lambda metrics, step: None
+    batch = {
+        "images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "sizes": torch.tensor([[64, 64], [48, 64]]),
+        "counts": torch.tensor([1, 2]), "labels": torch.tensor([0, 1, 2]), "boxes": torch.full((3, 4), 0.4),
+        "image_ids": torch.tensor([11, 42]),
+    }  # fmt: skip
+    batch["counts"].on_host = ema.n_averaged.on_host = True
+    steps = 2 * module.LOG_EVERY
+    with host_copies() as copies:
+        for step in range(steps):
+            losses, norm = _train_step(model, criterion, optimizer, batch, step, settings, 0)
+            update_average(ema, model, 0.99)
+            log.step(step + 1, steps, losses, norm, 1e-4, 2)
+    assert copies.seen.count("cpu") == len(copies.seen) == steps + 2  # the matcher's, and two of the log
+    assert len((tmp_path / "progress.jsonl").read_text().splitlines()) == 2
