@@ -349,6 +349,10 @@ def test_numbers_of_parameters_and_their_groups(variant, settings):
     rates = {1e-4: "other", 1e-5: "backbone"}
     tensors_of = {rates[group["lr"]]: len(group["params"]) for group in groups}
     assert {"backbone": 0, **tensors_of} == want["trainable_tensors"]
+    elements = {rates[group["lr"]]: sum(p.numel() for p in group["params"]) for group in groups}
+    assert {"backbone": 0, **elements} == want["trainable_elements"]
+    lines = "\n".join(f"{k} {'x'.join(map(str, v.shape))}" for k, v in model.state_dict().items())
+    assert hashlib.sha256(lines.encode()).hexdigest() == want["state_dict_sha256"]
 
 
 def test_initialisation_is_the_official_one():
