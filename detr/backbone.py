@@ -50,12 +50,22 @@ class ResNetBackbone(nn.Module):
                 if not key.startswith(("layer2", "layer3", "layer4")):
                     parameter.requires_grad_(False)
         self.fine_channels = self.num_channels // 2
+        self.stage_channels = [self.num_channels // 2**i for i in (3, 2, 1, 0)]
         self.body = IntermediateLayerGetter(net, return_layers={"layer3": "fine", "layer4": "coarse"})
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] -> features at stride 16 [B, fine_channels, ...] and 32 [B, num_channels, ...]."""
         features = self.body(images)
         return features["fine"], features["coarse"]
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, H, W] -> the features of layer1 to layer4 [B, stage_channels, ...], for a mask head."""
+        features, x = [], images
+        for name, layer in self.body.items():
+            x = layer(x)
+            if name.startswith("layer"):
+                features.append(x)
+        return features
 
 
 class ResidualBlock(nn.Module):
@@ -82,6 +92,7 @@ class SmallBackbone(nn.Module):
     """A stem and three residual blocks to stride 16, 0.6 M parameters: trains from random weights on a laptop."""
 
     fine_channels = num_channels = 128
+    stage_channels = (32, 64, 128, 128)
 
     def __init__(self):
         super().__init__()
@@ -95,6 +106,13 @@ class SmallBackbone(nn.Module):
         """images [B, 3, H, W] -> features at stride 8 and at stride 16, both [B, 128, ...], sizes rounded up."""
         fine = self.blocks(self.stem(images))
         return fine, self.last(fine)
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, H, W] -> features at strides 2, 4, 8 and 16 [B, stage_channels, ...]."""
+        features = [self.stem(images)]
+        for block in (*self.blocks, self.last):
+            features.append(block(features[-1]))
+        return features
 
 
 def build_backbone(config: ModelConfig) -> nn.Sequential:

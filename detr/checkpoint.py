@@ -21,6 +21,7 @@ from detr.backbone import RESNETS
 from detr.coco_names import COCO_NAMES
 from detr.config import ModelConfig
 from detr.model import DETR
+from detr.segmentation import DETRsegm, build_model
 
 FORMAT = 1
 HEAD = ("class_embed.weight", "class_embed.bias")  # with a row for each class
@@ -33,7 +34,7 @@ class CheckpointError(Exception):
 
 def save_checkpoint(
     folder: Path | str,
-    model: DETR,
+    model: DETR | DETRsegm,
     categories: list[dict[str, Any]],
     *,
     score_threshold: float = 0.5,
@@ -57,13 +58,13 @@ def save_checkpoint(
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def load_checkpoint(folder: Path | str) -> tuple[DETR, dict[str, Any]]:
+def load_checkpoint(folder: Path | str) -> tuple[DETR | DETRsegm, dict[str, Any]]:
     """A checkpoint folder -> (the model, ready to detect; its config.json).
 
     Raises CheckpointError when a file is missing, damaged, from a later version, or does not fit.
     """
     config, settings, state = _read_folder(Path(folder))
-    model = DETR(settings)
+    model = build_model(settings)
     _load_exactly(model.state_dict(), state, str(folder))
     return model.eval(), config
 
@@ -84,8 +85,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, T
 # ---------------------------------------------------------------- official files
 
 
-def load_official(path: Path | str, **settings: Any) -> DETR:
-    """An official DETR file (weights under the key "model") -> the model of the matching preset.
+def load_official(path: Path | str, **settings: Any) -> DETR | DETRsegm:
+    """An official DETR file (weights under the key "model"), or one with masks -> the model of the matching preset.
 
     What the weights show is read off them: the backbone, the sizes, the numbers of layers, classes and queries,
     pre_norm and learned positions. What they do not show (nheads, dilation, dropout, aux_loss) is taken from the
@@ -99,6 +100,7 @@ def load_official(path: Path | str, **settings: Any) -> DETR:
     content = _read_pth(path)
     state = _weights(content, path)
     found = _seen_in_weights({k.removeprefix("detr."): v for k, v in state.items()}, path)
+    found["masks"] = "detr.class_embed.weight" in state  # with masks the detector is a part
     stored = content.get("args") if isinstance(content, dict) else None
     if isinstance(stored, argparse.Namespace):
         unseen = ("nheads", "dilation", "dropout", "aux_loss")
@@ -109,7 +111,7 @@ def load_official(path: Path | str, **settings: Any) -> DETR:
         first = error.errors()[0]
         reason = ".".join(map(str, first["loc"])) + " " + first["msg"].removeprefix("Value error, ")
         raise CheckpointError(f"{path} does not make a DETR: {reason.strip()}") from error
-    model = DETR(config)
+    model = build_model(config)
     _load_exactly(model.state_dict(), state, str(path))
     return model.eval()
 
@@ -203,7 +205,7 @@ def _shortened(names: list[str]) -> str:
 # ---------------------------------------------------------------- weights to start from
 
 
-def load_backbone(model: DETR, source: Path | str) -> str:
+def load_backbone(model: DETR | DETRsegm, source: Path | str) -> str:
     """Load a classifier's weights into the model's ResNet, in place; a sentence that says what was loaded.
 
     source: "imagenet" (torchvision's IMAGENET1K_V1 of this backbone, downloaded by torchvision) or a file of such
@@ -235,7 +237,7 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
     return _weights(state, weights.url)
 
 
-def init_from(model: DETR, path: Path | str, class_names: list[str]) -> str:
+def init_from(model: DETR | DETRsegm, path: Path | str, class_names: list[str]) -> str:
     """Fine-tuning: load everything of a checkpoint that fits, in place; a sentence that says what was taken.
 
     path: a checkpoint folder, or a file of official DETR weights. class_names: of the model's labels, in order.

@@ -33,6 +33,8 @@ class LossConfig(Settings):
     loss_ce: float = Field(1.0, ge=0)
     loss_bbox: float = Field(5.0, ge=0)
     loss_giou: float = Field(2.0, ge=0)
+    loss_mask: float = Field(1.0, ge=0, description="focal loss of the masks (only with masks)")
+    loss_dice: float = Field(1.0, ge=0, description="dice loss of the masks (only with masks)")
     eos_coef: float = Field(0.1, ge=0, description="weight of the no-object class (softmax loss only)")
     focal_alpha: float = Field(0.25, ge=0, le=1, description="balance of the focal loss (focal loss only)")
     focal_gamma: float = Field(2.0, ge=0, description="focus of the focal loss (focal loss only)")
@@ -63,6 +65,7 @@ class ModelConfig(Settings):
     )
     class_loss: Literal["softmax", "focal"] = "softmax"
     aux_loss: bool = True
+    masks: bool = Field(False, description="add the mask head, for segmentation and panoptic segmentation")
     denoising: DenoisingConfig = DenoisingConfig()
     num_classes: int = Field(
         91, gt=0, description="set from the data's label map; COCO's official weights use 91"
@@ -96,6 +99,10 @@ class ModelConfig(Settings):
             raise ValueError(f"dilation needs a backbone of bottleneck blocks such as resnet50, not {self.backbone}")
         if self.queries == "anchors" and self.pre_norm:
             raise ValueError("pre_norm is for queries: learned")
+        if self.masks and (self.hidden_dim % 128 or self.nheads % 8):
+            raise ValueError("masks need a hidden_dim that is a multiple of 128, and nheads of 8")
+        if self.masks and self.class_loss != "softmax":
+            raise ValueError("masks need class_loss: softmax")
         return self
 
 
@@ -107,6 +114,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "detr_resnet50_dc5": {"dilation": True},
     "detr_resnet101": {"backbone": "resnet101"},
     "detr_resnet101_dc5": {"backbone": "resnet101", "dilation": True},
+    "detr_resnet50_panoptic": {"num_classes": 250, "masks": True},
     # Learns from random weights on a laptop: few queries, small images, trainable norms.
     "tiny": {
         "backbone": "small",

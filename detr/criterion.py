@@ -1,7 +1,7 @@
 """The set-prediction loss (paper, section 3.1), for all decoder layers at once.
 
 Loss names are the official ones: loss_ce, loss_bbox, loss_giou for the last layer, with the suffix _i for
-layer i before it, and with _dn for denoising queries.
+layer i before it, and with _dn for denoising queries; of masks loss_mask and loss_dice, for the last layer alone.
 """
 from __future__ import annotations
 
@@ -37,12 +37,16 @@ class SetCriterion(nn.Module):
         weight = torch.ones(model.num_classes + 1)
         weight[-1] = loss.eos_coef
         self.register_buffer("empty_weight", weight, persistent=False)
-        self.loss_weights = {"loss_ce": loss.loss_ce, "loss_bbox": loss.loss_bbox, "loss_giou": loss.loss_giou}
+        names = ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice")
+        self.loss_weights = {name: getattr(loss, name) for name in names}
 
     def forward(
         self, outputs: dict, targets: list[dict[str, Tensor]], denoising: DenoisingQueries | None = None
     ) -> dict[str, Tensor]:
         """outputs of DETR and B targets (`labels` [T], `boxes` [T, 4] cxcywh in 0..1) -> unweighted losses.
+
+        With `pred_masks` the targets have `masks` [T, H, W] bool as well, H and W those of the padded batch (or
+        each image's own, where the batch is padded to the largest of them alone).
 
         Also class_error (last layer) and cardinality_error, which have no gradient. Raises
         NonFiniteOutputs from the matcher.
@@ -50,12 +54,16 @@ class SetCriterion(nn.Module):
         logits, boxes = (_at_least_float32(x) for x in all_layers(outputs))
         labels = torch.cat([t["labels"] for t in targets])
         truth = torch.cat([t["boxes"] for t in targets]).to(boxes.dtype)
-        matches = self.matcher.match(logits, boxes, targets)
+        matches = self.matcher.match(logits, boxes, targets, outputs.get("pred_masks"))
         num_boxes = self._mean_over_workers(logits.new_tensor(len(labels), dtype=torch.float32)).clamp(min=1)
 
         losses = self._losses(logits, boxes, labels, truth, matches, num_boxes, "")
         with torch.no_grad():
             losses |= self._errors(logits, labels, matches, targets)
+        if "pred_masks" in outputs:
+            pairs = len(matches.layer) // len(logits)  # every layer has as many, the last layer's come last
+            last = Matches(*(x[len(x) - pairs :] for x in vars(matches).values()))
+            losses |= _mask_losses(outputs["pred_masks"], [t["masks"] for t in targets], last, num_boxes)
         if denoising is not None:
             dn = outputs["denoising"]
             layers = dn["pred_logits"].shape[0]
@@ -139,6 +147,21 @@ class SetCriterion(nn.Module):
             dist.all_reduce(value)
             value = value / dist.get_world_size()
         return value
+
+
+def _mask_losses(
+    masks: Tensor, targets: list[Tensor], matches: Matches, num_boxes: Tensor
+) -> dict[str, Tensor]:
+    """Focal and dice loss (Milletari et al. 2016, V-Net) of the matched masks at the targets' size (section 4.4)."""
+    size = [max(side) for side in zip(*(t.shape[-2:] for t in targets), strict=True)]
+    truth = torch.cat([F.pad(t, (0, size[1] - t.shape[-1], 0, size[0] - t.shape[-2])) for t in targets])
+    predicted = _at_least_float32(masks[matches.image, matches.query])
+    truth = truth[matches.target].to(predicted.dtype).flatten(1)
+    predicted = F.interpolate(predicted[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
+    focal = sigmoid_focal_loss(predicted, truth, alpha=0.25, gamma=2).mean(1)
+    p = predicted.sigmoid()
+    dice = 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1)
+    return {"loss_mask": focal.sum() / num_boxes, "loss_dice": dice.sum() / num_boxes}
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

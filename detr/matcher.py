@@ -59,11 +59,14 @@ class HungarianMatcher(nn.Module):
         return result
 
     @torch.no_grad()
-    def match(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
+    def match(
+        self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], masks: Tensor | None = None
+    ) -> Matches:
         """logits [L, B, Q, C], boxes [L, B, Q, 4] and B targets -> Matches.
 
         Costs are computed for each image with its own targets, padded to the longest, and go to the host
-        in one copy. Raises NonFiniteOutputs when a cost is not finite.
+        in one copy. Raises NonFiniteOutputs when a cost is not finite, or a value of `masks` [B, Q, h, w], which
+        have no other part in the matching.
         """
         layers, batch, queries = logits.shape[:3]
         counts = [len(t["labels"]) for t in targets]
@@ -76,6 +79,8 @@ class HungarianMatcher(nn.Module):
             cost = self._cost(logits, boxes, labels, truth)
         # Outputs of an image without targets are looked at, too: NaN times zero is NaN, infinity as well.
         probe = (logits.detach().float() * 0).sum((2, 3)) + (boxes.detach().float() * 0).sum((2, 3))
+        if masks is not None:
+            probe = probe + masks.detach().float().sum((1, 2, 3)) * 0
         host = torch.cat([cost.flatten(2), probe[..., None].to(cost.dtype)], -1).cpu().numpy()
         cost_host, probe_host = host[..., :-1].reshape(layers, batch, queries, longest), host[..., -1]
         bad = [i for i in range(batch) if not _finite(probe_host[:, i]) or not _finite(cost_host[:, i, :, : counts[i]])]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,15 @@ from detr.queries import MLP, AnchorDecoder, DenoisingQueries
 from detr.transformer import Transformer
 
 Outputs = dict[str, Tensor | list[dict[str, Tensor]]]
+
+
+class Decoded(NamedTuple):
+    """What a mask head builds on."""
+
+    src: Tensor  # the projected features [B, D, h, w]
+    mask: Tensor  # [B, h, w], true where padded
+    memory: Tensor  # the encoder's output [B, h * w, D]
+    queries: Tensor  # the last decoder layer's output [B, Q, D]
 
 
 class DETR(nn.Module):
@@ -53,17 +63,22 @@ class DETR(nn.Module):
         0..1 of the unpadded image, `aux_outputs`: the same of each earlier layer (aux_loss), and with
         denoising queries `denoising`: the same of all layers for them, [L, B, P, ...].
         """
-        fine, coarse = self.backbone[0](images)
+        return self.detect(*self.backbone[0](images), mask, denoising)[0]
+
+    def detect(
+        self, fine: Tensor, coarse: Tensor, mask: Tensor, denoising: DenoisingQueries | None = None
+    ) -> tuple[Outputs, Decoded]:
+        """All that follows the backbone: its two feature maps -> forward's outputs, and what led to them."""
         small = _shrink(mask, coarse)
         pos = self.backbone[1](small).to(coarse.dtype).flatten(2).transpose(1, 2)
-        src = self.input_proj(coarse).flatten(2).transpose(1, 2)
+        src = self.input_proj(coarse)
         key_mask = ~small.flatten(1)[:, None, None, :]
+        memory = self.transformer.encode(src.flatten(2).transpose(1, 2), pos, key_mask)
         if self.config.queries == "anchors":
-            memory = self.transformer.encode(src, pos, key_mask)
-            memory = self._fuse(memory.transpose(1, 2).unflatten(2, coarse.shape[-2:]), fine)
-            hs, boxes = self.decoder(memory, _shrink(mask, fine), self.backbone[1], self.bbox_embed, denoising)
+            fused = self._fuse(memory.transpose(1, 2).unflatten(2, coarse.shape[-2:]), fine)
+            hs, boxes = self.decoder(fused, _shrink(mask, fine), self.backbone[1], self.bbox_embed, denoising)
         else:
-            hs = self.transformer(src, pos, key_mask, self.query_embed.weight)
+            hs = self.transformer.decode(memory, pos, key_mask, self.query_embed.weight)
             boxes = self.bbox_embed(hs).sigmoid()
         logits = self.class_embed(hs)
         out: Outputs = {}
@@ -76,7 +91,7 @@ class DETR(nn.Module):
             out["aux_outputs"] = [
                 {"pred_logits": a, "pred_boxes": b} for a, b in zip(logits[:-1], boxes[:-1], strict=True)
             ]
-        return out
+        return out, Decoded(src, small, memory, hs[-1, :, -logits.shape[2] :])
 
     def _fuse(self, memory: Tensor, fine: Tensor) -> Tensor:
         """The encoder's memory [B, D, h, w] on the finer grid of `fine`, with what only that grid shows."""

@@ -128,6 +128,9 @@ class Transformer(nn.Module):
 
     def forward(self, src: Tensor, pos: Tensor, mask: Tensor | None, query_embed: Tensor) -> Tensor:
         """src and pos [B, N, D], query_embed [Q, D] -> [L, B, Q, D]."""
-        memory = self.encode(src, pos, mask)
-        query_pos = query_embed.expand(src.shape[0], -1, -1)
+        return self.decode(self.encode(src, pos, mask), pos, mask, query_embed)
+
+    def decode(self, memory: Tensor, pos: Tensor, mask: Tensor | None, query_embed: Tensor) -> Tensor:
+        """memory and pos [B, N, D], query_embed [Q, D] -> [L, B, Q, D]."""
+        query_pos = query_embed.expand(memory.shape[0], -1, -1)
         return self.decoder(query_pos, memory, pos, mask)

@@ -127,6 +127,26 @@ def safe_join(root: Path, name: str) -> Path:
     return Path(path)
 
 
+def masks_of(annotations: Sequence[dict[str, Any]], height: int, width: int) -> np.ndarray:
+    """The `segmentation` of annotations -> masks bool [N, height, width].
+
+    Polygons are joined, none leave an empty mask; run lengths (crowds have them) come packed or as numbers.
+    Raises ValueError when run lengths are of another size.
+    """
+    from pycocotools import mask as run_lengths
+
+    masks = np.zeros((len(annotations), height, width), bool)
+    for mask, annotation in zip(masks, annotations, strict=True):
+        shape = annotation["segmentation"]
+        if isinstance(shape, list):
+            shape = run_lengths.merge(run_lengths.frPyObjects(shape, height, width)) if shape else None
+        elif isinstance(shape["counts"], list):
+            shape = run_lengths.frPyObjects(shape, height, width)
+        if shape is not None:
+            mask[:] = run_lengths.decode(shape)
+    return masks
+
+
 def split_train(
     coco: CocoFile, fraction: float, seed: int, images_root: Path, max_pixels: int
 ) -> tuple[CocoFile, CocoFile]:

@@ -14,6 +14,7 @@ from detr.batch import normalise, pad_images
 from detr.checkpoint import load_checkpoint
 from detr.model import DETR
 from detr.postprocess import PostProcess
+from detr.segmentation import DETRsegm
 from detr.transforms import input_size, resize_to, to_uint8
 
 SHAPE_STEP = 16  # batches are padded to multiples of this many pixels, so that few shapes occur
@@ -26,10 +27,12 @@ class Detector:
     """
 
     def __init__(
-        self, model: DETR, categories: list[dict[str, Any]], score_threshold: float = 0.5, batch_size: int = 16,
-        device: str | torch.device = "cpu",
+        self, model: DETR | DETRsegm, categories: list[dict[str, Any]], score_threshold: float = 0.5,
+        batch_size: int = 16, device: str | torch.device = "cpu",
     ):  # fmt: skip
         self.device = torch.device(device)
+        if isinstance(model, DETRsegm):
+            model = model.detr  # boxes do not wait for masks
         self.model = model.eval().to(self.device)
         self.model.backbone.to(memory_format=torch.channels_last)
         self.categories = categories

@@ -212,6 +212,12 @@ class RunSettings(Settings):
             values["loss"] = {**(FOCAL_WEIGHTS if class_loss == "focal" else {}), **loss}
         return values
 
+    @model_validator(mode="after")
+    def _boxes_alone(self) -> RunSettings:
+        if self.model.masks:
+            raise ValueError("model.masks: a run trains on boxes alone; set it to false, or use detr.segmentation")
+        return self
+
 
 def load_settings(config: str | Path | None = None, overrides: Iterable[str] = ()) -> RunSettings:
     """Settings from a YAML file (or none) and overrides such as 'train.lr=2e-4'.

@@ -81,6 +81,11 @@ def test_every_preset_is_valid(name):
     ModelConfig.model_validate(name)
 
 
+def test_a_run_with_masks_is_refused():
+    with pytest.raises(UserError, match=r"model\.masks: a run trains on boxes alone"):
+        load_settings(None, ["model.preset=detr_resnet50_panoptic"])
+
+
 def test_shipped_settings_files_are_valid():
     from pathlib import Path
 
