@@ -10,6 +10,21 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from detr.config import ModelConfig
 from detr.position import PositionEmbeddingLearned, PositionEmbeddingSine
 
+# torchvision's ResNets by what their weights show: blocks of each stage, and of the first block the size of the
+# first convolution's kernel and the input channels of each group of the second.
+RESNETS = {
+    "resnet18": ((2, 2, 2, 2), 3, 64),
+    "resnet34": ((3, 4, 6, 3), 3, 64),
+    "resnet50": ((3, 4, 6, 3), 1, 64),
+    "resnet101": ((3, 4, 23, 3), 1, 64),
+    "resnet152": ((3, 8, 36, 3), 1, 64),
+    "resnext50_32x4d": ((3, 4, 6, 3), 1, 4),
+    "resnext101_32x8d": ((3, 4, 23, 3), 1, 8),
+    "resnext101_64x4d": ((3, 4, 23, 3), 1, 4),
+    "wide_resnet50_2": ((3, 4, 6, 3), 1, 128),
+    "wide_resnet101_2": ((3, 4, 23, 3), 1, 128),
+}
+
 
 class ResNetBackbone(nn.Module):
     """A torchvision ResNet up to its last stage: stride 32, or 16 with dilation.
@@ -19,8 +34,10 @@ class ResNetBackbone(nn.Module):
 
     def __init__(self, name: str, norm: str, dilation: bool):
         super().__init__()
-        if not name.startswith("resnet"):
-            raise ValueError(f"backbone {name!r} is neither 'small' nor a torchvision ResNet such as 'resnet50'")
+        if name not in RESNETS:
+            raise ValueError(
+                f"backbone {name!r} is neither 'small' nor a torchvision ResNet; there are {', '.join(RESNETS)}"
+            )
         net = get_model(
             name,
             weights=None,

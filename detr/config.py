@@ -95,6 +95,8 @@ class ModelConfig(Settings):
             raise ValueError(f"hidden_dim {self.hidden_dim} is not a multiple of 4")
         if self.denoising.groups and self.queries != "anchors":
             raise ValueError("denoising needs queries: anchors")
+        if self.dilation and self.backbone in ("small", "resnet18", "resnet34"):
+            raise ValueError(f"dilation needs a backbone of bottleneck blocks such as resnet50, not {self.backbone}")
         if self.queries == "anchors" and self.pre_norm:
             raise ValueError("pre_norm is for queries: learned")
         if self.queries == "anchors" and self.position_embedding != "sine":

@@ -125,8 +125,8 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """class_error of the last layer in percent, cardinality_error of every layer."""
         layers = logits.shape[0]
-        last = matches.layer == layers - 1
-        image, query, target = matches.image[last], matches.query[last], matches.target[last]
+        last = len(matches.layer) * (layers - 1) // layers  # as many matches in every layer, the last one's at the end
+        image, query, target = matches.image[last:], matches.query[last:], matches.target[last:]
         right = logits[-1, image, query].argmax(-1) == labels[target]
         # Without any target the accuracy counts as zero, as published.
         errors = {"class_error": 100 - 100 * right.float().sum() / max(len(right), 1)}

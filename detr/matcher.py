@@ -20,7 +20,10 @@ class NonFiniteOutputs(FloatingPointError):
 
 @dataclass
 class Matches:
-    """Pairs of all layers, flat [M]: layer, image, query, and target as index into the concatenated targets."""
+    """Pairs of all layers, flat [M]: layer, image, query, and target as index into the concatenated targets.
+
+    In the order of the layers, then of the images; as many in every layer.
+    """
 
     layer: Tensor
     image: Tensor

@@ -54,36 +54,34 @@ def make_denoising_queries(
     """`config.groups` noised copies of every image's boxes, or None when the batch has no box.
 
     Noise is drawn on the CPU from the generator: labels are replaced with probability label_noise; each
-    corner moves by up to box_noise times half the box's size.
+    corner moves by up to box_noise times half the box's size. Nothing is copied back from the targets' device.
     """
     counts = [len(t["labels"]) for t in targets]
     slots = max(counts, default=0)
     if slots == 0 or config.groups == 0:
         return None
     device = targets[0]["boxes"].device
-    batch, width = len(targets), config.groups * slots
-    labels = torch.zeros(batch, width, dtype=torch.long)
-    boxes = torch.full((batch, width, 4), 0.5)
-    image, query, target = [], [], []
+    drawn = []
     first = 0
-    for i, (count, t) in enumerate(zip(counts, targets, strict=True)):
-        truth, names = t["boxes"].cpu().float(), t["labels"].cpu()
+    for i, count in enumerate(counts):
         for group in range(config.groups):
-            at = group * slots
             flip = torch.rand(count, generator=generator) < config.label_noise
             other = torch.randint(num_classes, (count,), generator=generator)
             move = (torch.rand(count, 4, generator=generator) * 2 - 1) * config.box_noise
-            half = truth[:, 2:] / 2
-            low = (truth[:, :2] - half + move[:, :2] * half).clamp(0, 1)
-            high = (truth[:, :2] + half + move[:, 2:] * half).clamp(0, 1)
-            labels[i, at : at + count] = torch.where(flip, other, names)
-            boxes[i, at : at + count] = torch.cat([(low + high) / 2, (high - low).clamp(min=1e-3)], 1)
-            image.append(torch.full((count,), i))
-            query.append(torch.arange(at, at + count))
-            target.append(torch.arange(first, first + count))
+            slot = torch.arange(count)
+            drawn.append((flip, other, move, torch.full((count,), i), group * slots + slot, first + slot))
         first += count
-    indices = (torch.cat(parts).to(device) for parts in (image, query, target))
-    return DenoisingQueries(labels.to(device), boxes.to(device), config.groups, *indices)
+    flip, other, move, image, query, target = (torch.cat(x).to(device) for x in zip(*drawn, strict=True))
+
+    truth = torch.cat([t["boxes"] for t in targets]).float()[target]
+    half = truth[:, 2:] / 2
+    low = (truth[:, :2] - half + move[:, :2] * half).clamp(0, 1)
+    high = (truth[:, :2] + half + move[:, 2:] * half).clamp(0, 1)
+    labels = torch.zeros(len(targets), config.groups * slots, dtype=torch.long, device=device)
+    boxes = torch.full((*labels.shape, 4), 0.5, device=device)
+    labels[image, query] = torch.where(flip, other, torch.cat([t["labels"] for t in targets])[target])
+    boxes[image, query] = torch.cat([(low + high) / 2, (high - low).clamp(min=1e-3)], 1)
+    return DenoisingQueries(labels, boxes, config.groups, image, query, target)
 
 
 def denoising_mask(num_queries: int, groups: int, slots: int, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """What happens to one image and its boxes, from encoded bytes to a training or inference input.
 
 Images are PIL images in RGB, pixels as stored (an EXIF orientation is not applied). A target is a dict of
-`boxes` (float32 [N, 4], xyxy in pixels), `labels` (int64 [N]) and whatever else belongs to the image;
-every function returns new objects. Random choices come from the generator that is passed in.
+`boxes` (float32 [N, 4], xyxy in pixels), `labels` (int64 [N]) and whatever else belongs to the image, such as
+`masks` (bool [N, H, W]); every function returns new objects. Random choices come from the generator that is passed in.
 """
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 
 from detr.config import ModelConfig
 
 Target = dict[str, Any]
+PER_OBJECT = ("boxes", "labels", "area", "iscrowd", "masks")
 
 
 class ImageError(Exception):
@@ -62,6 +65,34 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageError(f"it cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
+def annotations_to_target(
+    annotations: list[dict[str, Any]], image_id: int, width: int, height: int, masks: torch.Tensor | None = None
+) -> Target:
+    """COCO annotations of one image -> target, by the official rules.
+
+    Crowds are left out; boxes [x, y, width, height] become corners clamped to the image, and those without area
+    are dropped. masks: [N, height, width] of the N annotations, decoded; the target's are uint8. `labels` are
+    category ids, `size` and `orig_size` are (height, width). As published, `iscrowd` is float where there is no
+    annotation.
+    """
+    used = [i for i, a in enumerate(annotations) if not a.get("iscrowd")]
+    boxes = torch.tensor([annotations[i]["bbox"] for i in used], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = torch.min(boxes.clamp(min=0), torch.tensor([width, height, width, height]))
+    target = {
+        "boxes": boxes,
+        "labels": torch.tensor([annotations[i]["category_id"] for i in used], dtype=torch.int64),
+        "area": torch.tensor([float(annotations[i]["area"]) for i in used]),
+        "iscrowd": torch.tensor([annotations[i].get("iscrowd", 0) for i in used]),
+    }
+    if masks is not None:
+        target["masks"] = masks[used].to(torch.uint8)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    target = {k: v[keep] for k, v in target.items()}
+    size = torch.tensor([height, width])
+    return {**target, "image_id": torch.tensor([image_id]), "orig_size": size, "size": size.clone()}
+
+
 def resized_size(width: int, height: int, size: int, max_size: int | None = None) -> tuple[int, int]:
     """(width, height) after the shorter side becomes `size` with the longer at most `max_size`.
 
@@ -85,7 +116,10 @@ def input_size(config: ModelConfig, width: int, height: int) -> tuple[int, int]:
 
 
 def resize_to(image: Image.Image, target: Target, size: tuple[int, int]) -> tuple[Image.Image, Target]:
-    """Resize to (width, height); boxes are scaled by the true ratio of each axis, areas by their product."""
+    """Resize to (width, height); boxes are scaled by the true ratio of each axis, areas by their product.
+
+    Masks take the nearest pixel.
+    """
     ratio_w, ratio_h = size[0] / image.width, size[1] / image.height
     resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
     target = dict(target)
@@ -93,6 +127,8 @@ def resize_to(image: Image.Image, target: Target, size: tuple[int, int]) -> tupl
         target["boxes"] = target["boxes"] * torch.tensor([ratio_w, ratio_h, ratio_w, ratio_h])
     if "area" in target:
         target["area"] = target["area"] * (ratio_w * ratio_h)
+    if "masks" in target:
+        target["masks"] = F.interpolate(target["masks"][:, None].float(), (size[1], size[0]))[:, 0] > 0.5
     target["size"] = torch.tensor([size[1], size[0]])
     return resized, target
 
@@ -110,6 +146,8 @@ def hflip(image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
     if "boxes" in target:
         x1, y1, x2, y2 = target["boxes"].unbind(-1)
         target["boxes"] = torch.stack([image.width - x2, y1, image.width - x1, y2], -1)
+    if "masks" in target:
+        target["masks"] = target["masks"].flip(-1)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), target
 
 
@@ -119,26 +157,90 @@ def vflip(image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
     if "boxes" in target:
         x1, y1, x2, y2 = target["boxes"].unbind(-1)
         target["boxes"] = torch.stack([x1, image.height - y2, x2, image.height - y1], -1)
+    if "masks" in target:
+        target["masks"] = target["masks"].flip(-2)
     return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), target
 
 
 def crop(image: Image.Image, target: Target, region: tuple[int, int, int, int]) -> tuple[Image.Image, Target]:
-    """Crop to region (top, left, height, width); boxes are clamped, those left without area dropped."""
+    """Crop to region (top, left, height, width); boxes are clamped, those left without area dropped.
+
+    A target without boxes keeps what its masks still show.
+    """
     top, left, height, width = region
     target = dict(target)
     target["size"] = torch.tensor([height, width])
+    keep = None
+    if "masks" in target:
+        target["masks"] = target["masks"][:, top : top + height, left : left + width]
+        keep = target["masks"].flatten(1).any(1)
     if "boxes" in target:
         boxes = target["boxes"] - torch.tensor([left, top, left, top])
         limit = torch.tensor([width, height, width, height])
-        boxes = torch.min(boxes, limit).clamp(min=0)
+        target["boxes"] = boxes = torch.min(boxes, limit).clamp(min=0)
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        target["boxes"] = boxes[keep]
         if "area" in target:
-            target["area"] = (boxes[:, 2:] - boxes[:, :2]).prod(1)[keep]
-        for key in ("labels", "iscrowd"):
-            if key in target:
-                target[key] = target[key][keep]
+            target["area"] = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    if keep is not None:
+        target |= {k: target[k][keep] for k in PER_OBJECT if k in target}
     return image.crop((left, top, left + width, top + height)), target
+
+
+def center_crop(image: Image.Image, target: Target, size: tuple[int, int]) -> tuple[Image.Image, Target]:
+    """Crop the middle to size (height, width); Python's rounding of the halves, as published."""
+    height, width = size
+    return crop(image, target, (round((image.height - height) / 2), round((image.width - width) / 2), height, width))
+
+
+def pad(image: Image.Image, target: Target, right: int, below: int) -> tuple[Image.Image, Target]:
+    """Black pixels right and below, so that boxes stay as they are."""
+    target = dict(target)
+    width, height = image.width + right, image.height + below
+    if "masks" in target:
+        target["masks"] = F.pad(target["masks"], (0, right, 0, below))
+    target["size"] = torch.tensor([height, width])
+    return image.crop((0, 0, width, height)), target
+
+
+def random_crop(
+    image: Image.Image, target: Target, rng: np.random.Generator, size: tuple[int, int]
+) -> tuple[Image.Image, Target]:
+    """Crop to size (height, width) at a uniformly random place."""
+    height, width = size
+    top = int(rng.integers(0, image.height - height + 1))
+    left = int(rng.integers(0, image.width - width + 1))
+    return crop(image, target, (top, left, height, width))
+
+
+def random_size_crop(
+    image: Image.Image, target: Target, rng: np.random.Generator, low: int, high: int
+) -> tuple[Image.Image, Target]:
+    """Crop to a width and a height of their own, each uniform from `low` to `high`, both included.
+
+    A side shorter than `high` ends the range; one shorter than `low` is kept whole.
+    """
+    width = int(rng.integers(min(low, image.width), min(high, image.width) + 1))
+    height = int(rng.integers(min(low, image.height), min(high, image.height) + 1))
+    return random_crop(image, target, rng, (height, width))
+
+
+def random_resize(
+    image: Image.Image, target: Target, rng: np.random.Generator, sizes: Sequence[int], max_size: int | None = None
+) -> tuple[Image.Image, Target]:
+    """The official resize to one of the sizes."""
+    return resize(image, target, int(rng.choice(sizes)), max_size)
+
+
+def random_pad(
+    image: Image.Image, target: Target, rng: np.random.Generator, max_pad: int
+) -> tuple[Image.Image, Target]:
+    """Pad right and below by up to `max_pad` pixels each, included."""
+    return pad(image, target, int(rng.integers(0, max_pad + 1)), int(rng.integers(0, max_pad + 1)))
+
+
+def random_hflip(image: Image.Image, target: Target, rng: np.random.Generator) -> tuple[Image.Image, Target]:
+    """Mirror every second time."""
+    return hflip(image, target) if rng.random() < 0.5 else (image, target)
 
 
 TRAIN_SIZES = tuple(range(480, 801, 32))
@@ -151,16 +253,11 @@ def augment_detr(
 
     As published, sizes are those of 800-pixel training whatever the model's own input size.
     """
+    image, target = random_hflip(image, target, rng)
     if rng.random() < 0.5:
-        image, target = hflip(image, target)
-    if rng.random() < 0.5:
-        image, target = resize(image, target, int(rng.choice((400, 500, 600))))
-        width = int(rng.integers(min(384, image.width), min(image.width, 600) + 1))
-        height = int(rng.integers(min(384, image.height), min(image.height, 600) + 1))
-        top = int(rng.integers(0, image.height - height + 1))
-        left = int(rng.integers(0, image.width - width + 1))
-        image, target = crop(image, target, (top, left, height, width))
-    return resize(image, target, int(rng.choice(TRAIN_SIZES)), max_size)
+        image, target = random_resize(image, target, rng, (400, 500, 600))
+        image, target = random_size_crop(image, target, rng, 384, 600)
+    return random_resize(image, target, rng, TRAIN_SIZES, max_size)
 
 
 def augment_light(
@@ -206,7 +303,7 @@ def _crop_keeping_visible(
     high = torch.tensor([left + width, top + height], dtype=boxes.dtype)
     inside = (torch.min(boxes[:, 2:], high) - torch.max(boxes[:, :2], low)).clamp(min=0).prod(1)
     keep = inside >= visible * (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    kept = {k: v[keep] if k in ("boxes", "labels", "area", "iscrowd") else v for k, v in target.items()}
+    kept = {k: v[keep] if k in PER_OBJECT else v for k, v in target.items()}
     return crop(image, kept, region)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from detr.config import FOCAL_WEIGHTS, PRESETS, LossConfig, ModelConfig, Settings
 
@@ -120,8 +120,12 @@ class TrainSettings(Settings):
     ema_decay: float = Field(0.998, ge=0, lt=1, description="moving average of the weights; 0 switches it off")
     validations: int = Field(6, gt=0, description="how often AP is measured during the training")
     augment: AugmentSettings = AugmentSettings()
-    init_from: str | None = Field(None, description="a checkpoint folder or official .pth to start from")
-    backbone_weights: str | None = Field(None, description="'imagenet' (torchvision's) or a file; none: random")
+    init_from: str | None = Field(
+        None, description="a checkpoint folder or official .pth to start from, local or on S3; all that fits is taken"
+    )
+    backbone_weights: Annotated[str | None, BeforeValidator(lambda given: None if given == "none" else given)] = Field(
+        None, description="'imagenet' (torchvision's), a .pth or .safetensors file, local or on S3, or none"
+    )
 
 
 class SweepSettings(Settings):

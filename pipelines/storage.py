@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
@@ -45,6 +45,21 @@ def locate(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     if not path:
         raise UserError(f"{text} names no bucket; write s3://BUCKET/PREFIX.", 2)
     return _s3(path.partition("/")[0]), path
+
+
+def fetch(uri: str | Path, folder: Path) -> Path:
+    """A file or folder -> its local path: where it is, or a copy in `folder` of what an object store has."""
+    fs, path = filesystem(uri)
+    if fs.type_name == "local":
+        return Path(path)
+    copy = folder / PurePosixPath(path).name
+    try:
+        if fs.get_file_info(path).type == pafs.FileType.Directory:
+            copy.mkdir()
+        pafs.copy_files(path, str(copy), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+    except OSError as error:
+        raise UserError(f"{uri} cannot be read: {explain(error)}", 2) from error
+    return copy
 
 
 def explain(error: OSError) -> str:

@@ -15,7 +15,7 @@ from pipelines.progress import console
 from pipelines.settings import RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, write_json
 from pipelines.tracking import Tracker
-from pipelines.train import train
+from pipelines.train import find_weights, train
 
 FORMAT = 1
 
@@ -30,6 +30,7 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     """
     from ray import tune
 
+    settings = find_weights(settings)
     folder, options = Path(folder).resolve(), settings.sweep
     present = _present(settings)
     for key, values in options.space.items():

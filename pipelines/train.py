@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from detr.batch import normalise
-from detr.checkpoint import CheckpointError, fit_weights, load_checkpoint, load_official, read_pth, save_checkpoint
+from detr.checkpoint import CheckpointError, init_from, load_backbone, save_checkpoint
 from detr.criterion import SetCriterion
 from detr.matcher import NonFiniteOutputs
 from detr.model import DETR, count_parameters
@@ -36,6 +36,7 @@ from pipelines.progress import console, progress
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings, parse_budget
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json, write_json
+from pipelines.storage import fetch, filesystem
 from pipelines.tracking import Tracker
 
 LOG_EVERY = 20  # steps
@@ -65,7 +66,7 @@ def train(
 
     folder = Path(folder).resolve()
     dataset = read_json(dataset_folder / "dataset.json")
-    settings = override_settings(settings, {"model.num_classes": len(dataset["categories"])})
+    settings = find_weights(override_settings(settings, {"model.num_classes": len(dataset["categories"])}))
     use_gpu = settings.train.use_gpu
     if use_gpu is None:
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
@@ -147,11 +148,11 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(settings.seed)
     model = DETR(settings.model)
-    messages = load_initial_weights(model, options)
+    messages = load_initial_weights(model, options, [c["name"] for c in dataset["categories"]])
     model.to(device)
     model.backbone.to(memory_format=torch.channels_last)
     criterion = SetCriterion(settings.model, settings.loss).to(device)
-    ema = torch.optim.swa_utils.AveragedModel(model, avg_fn=_ema_update(options.ema_decay), use_buffers=True)
+    ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
     groups = model.parameter_groups(options.lr, options.lr_backbone)
     optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
     base_rates = [group["lr"] for group in groups]
@@ -182,12 +183,15 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         while not budget.is_spent(state["step"]):
             step = state["step"]
-            batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
+            batch = {
+                k: v if k in ("counts", "image_ids") else v.to(device, non_blocking=True)  # those are read here
+                for k, v in next(batches).items()
+            }
             factor = lr_factor(step, budget.steps, options)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
             losses, norm = _train_step(net, criterion, optimizer, batch, step, settings, rank)
-            ema.update_parameters(model)
+            update_average(ema, model, options.ema_decay)
             state["step"] = step = step + 1
             budget.tick(step)
             log.step(step, budget.steps, losses, norm, optimizer.param_groups[0]["lr"], options.batch_size * workers)
@@ -269,41 +273,33 @@ def validate(
     return {**metrics, "AP": metrics["AP"] or 0.0, "AP50": metrics["AP50"] or 0.0}
 
 
-def load_initial_weights(model: DETR, options: TrainSettings) -> list[str]:
+def find_weights(settings: RunSettings) -> RunSettings:
+    """The settings with paths of weights made absolute, since workers run elsewhere; UserError where nothing is."""
+    paths = {}
+    for key in ("init_from", "backbone_weights"):
+        given = getattr(settings.train, key)
+        if given and given != "imagenet":
+            fs, path = filesystem(given)
+            paths[f"train.{key}"] = path if fs.type_name == "local" else given
+    return override_settings(settings, paths)
+
+
+def load_initial_weights(model: DETR, options: TrainSettings, class_names: list[str]) -> list[str]:
     """Weights the user gave, loaded into the model; sentences that say what was taken and what was not.
 
     Raises UserError when a file cannot be used.
     """
     messages = []
     try:
-        if options.backbone_weights:
-            state = _backbone_state(model, options.backbone_weights)
-            own = set(model.state_dict())
-            taken = {f"backbone.0.body.{k}": v for k, v in state.items() if f"backbone.0.body.{k}" in own}
-            fit_weights(model, taken)
-            messages.append(f"backbone: {len(taken)} tensors from {options.backbone_weights}")
-        if options.init_from:
-            path = Path(options.init_from)
-            source = load_checkpoint(path)[0] if path.is_dir() else load_official(path)
-            left = fit_weights(model, source.state_dict())
-            messages.append(f"started from {path}; initialised anew: {', '.join(left) if left else 'nothing'}")
+        with tempfile.TemporaryDirectory() as place:
+            if options.backbone_weights:
+                given = options.backbone_weights
+                messages.append(load_backbone(model, given if given == "imagenet" else fetch(given, Path(place))))
+            if options.init_from:
+                messages.append(init_from(model, fetch(options.init_from, Path(place)), class_names))
     except CheckpointError as error:
         raise UserError(f"{error}.", 2) from error
     return messages
-
-
-def _backbone_state(model: DETR, source: str) -> dict[str, Tensor]:
-    if source != "imagenet":
-        return read_pth(source)
-    from torchvision.models import get_model_weights
-
-    try:
-        return get_model_weights(model.config.backbone)["IMAGENET1K_V1"].get_state_dict(check_hash=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"torchvision's weights for {model.config.backbone!r} could not be had ({error}); "
-            "give a file instead: train.backbone_weights=path/to/weights.pth",
-        ) from error
 
 
 def lr_factor(step: int, steps: int | None, options: TrainSettings) -> float:
@@ -371,16 +367,21 @@ class _Budget:
         return step == self.steps or (step % every == 0 and self.steps - step >= every / 2)
 
 
-def _ema_update(decay: float):
-    """Moving average whose memory is short at the start, so that random weights are soon forgotten."""
+def update_average(ema: torch.optim.swa_utils.AveragedModel, model: torch.nn.Module, decay: float) -> None:
+    """Move the average towards the model; its memory is short at the start, so that random weights are soon forgotten.
 
-    def update(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
-        if not average.is_floating_point():
-            return value
-        n = int(count)
-        return torch.lerp(average, value, 1 - min(decay, (1 + n) / (10 + n)))
+    Its count is read on the CPU: asked for as a tensor of each weight's device it would be copied back as often.
+    """
+    count = int(ema.n_averaged)
 
-    return update
+    def move(averages: list[Tensor], values: list[Tensor], _: Tensor) -> None:
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + count) / (10 + count)))
+        else:
+            torch._foreach_copy_(averages, values)
+
+    ema.multi_avg_fn = move
+    ema.update_parameters(model)
 
 
 def _report(

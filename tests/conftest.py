@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +27,68 @@ def ray_cluster():
 
     with ray_session(RunSettings()):
         yield
+
+
+class HostCopies(TorchFunctionMode):
+    """Lists what would make a host wait for its device, every tensor standing for one on a device.
+
+    Calls from Python (`cpu`, `numpy`, `tolist`) are seen here; values read by any other way, and sizes that depend
+    on values, in the operations they end in. What `cpu` returns is on the host, as is what is marked `on_host` and
+    what is computed from nothing else.
+    """
+
+    READS = (torch.Tensor.numpy, torch.Tensor.tolist)
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+        self.operations = _ValueReads(self.seen)
+
+    def __enter__(self):
+        self.operations.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.operations.__exit__(*error)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        said = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, str)]
+        to_host = function is torch.Tensor.cpu or (function is torch.Tensor.to and "cpu" in said)
+        if (to_host or function in self.READS) and not getattr(args[0], "on_host", False):
+            self.seen.append(function.__name__)
+        result = function(*args, **kwargs)
+        given = [getattr(x, "on_host", False) for x in args if isinstance(x, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and (
+            to_host or (given and all(given) and function is not torch.Tensor.to)
+        ):
+            result = result.detach()  # another object than what is on the device
+            result.on_host = True
+        return result
+
+
+class _ValueReads(TorchDispatchMode):
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "is_nonzero")
+
+    def __init__(self, seen: list[str]):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple) else ()
+        masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if masked or (name.startswith(self.READS) and not getattr(args[0], "on_host", False)):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def host_copies() -> type[HostCopies]:
+    """Counts copies from a device to the host, on the CPU."""
+    x = torch.arange(3.0)
+    with HostCopies() as copies:
+        x[x > 1], x.sum().item(), bool(x.any()), x.cpu().numpy(), x.tolist(), x.nonzero(), float(x[0]), x.to("cpu")
+    assert len(copies.seen) == 8, copies.seen
+    return HostCopies

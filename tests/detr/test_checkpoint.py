@@ -1,15 +1,27 @@
 """Checkpoints come back as they were written, and say what is wrong with those that cannot."""
 from __future__ import annotations
 
+import argparse
 import json
+import urllib.error
 
 import fill
 import numpy as np
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 
-from detr.checkpoint import CheckpointError, fit_weights, load_checkpoint, load_official, read_pth, save_checkpoint
+from detr.checkpoint import (
+    CheckpointError,
+    init_from,
+    load_backbone,
+    load_checkpoint,
+    load_official,
+    read_weights,
+    save_checkpoint,
+)
+from detr.coco_names import COCO_CATEGORIES, COCO_NAMES
 from detr.config import ModelConfig
 from detr.model import DETR
 
@@ -145,16 +157,191 @@ def test_weights_that_do_not_fit_are_named(folder):
 # ---------------------------------------------------------------- fine-tuning
 
 
-def test_fitting_weights_are_taken_and_the_others_listed():
-    donor, model = make_model(1), make_model(2, CONFIG.model_copy(update={"num_classes": 8}))
-    head = model.class_embed.weight.clone()
-    left_out = fit_weights(model, donor.state_dict())
-    assert left_out == ["class_embed.bias", "class_embed.weight", "decoder.label_embed.weight"]
-    assert torch.equal(model.class_embed.weight, head)
-    assert torch.equal(model.input_proj.weight, donor.input_proj.weight)
+def changed(**settings) -> ModelConfig:
+    return ModelConfig.model_validate({**CONFIG.model_dump(), **settings})
+
+
+SOFTMAX = {"queries": "learned", "denoising": {}, "class_loss": "softmax"}
+
+
+def test_class_rows_go_where_the_names_agree_and_all_else_is_taken(folder):
+    donor, _ = load_checkpoint(folder)
+    model = make_model(2, changed(num_classes=4))
+    fresh = {k: v.clone() for k, v in model.state_dict().items()}
+    said = init_from(model, folder, ["Box", "kite", "GRÜN", "circle "])
+    own, theirs = model.state_dict(), donor.state_dict()
+    for key in ("class_embed.weight", "class_embed.bias", "decoder.label_embed.weight"):
+        assert torch.equal(own[key][[0, 2]], theirs[key][[2, 1]]), key
+        assert torch.equal(own[key][[1, 3]], fresh[key][[1, 3]]), key
+    for key in own.keys() - {"class_embed.weight", "class_embed.bias", "decoder.label_embed.weight"}:
+        assert torch.equal(own[key], theirs[key]), key
+    assert "2 of 4 classes by name; new classes kite, circle " in said
+    assert "anew" not in said and "not used" not in said and str(folder) in said
+
+
+def test_the_row_of_no_object_moves_with_the_number_of_classes(tmp_path):
+    donor = make_model(1, changed(**SOFTMAX))
+    save_checkpoint(tmp_path, donor, CATEGORIES)
+    model = make_model(2, changed(**SOFTMAX, num_classes=2))
+    fresh = model.class_embed.weight.clone()
+    init_from(model, tmp_path, ["box", "other"])
+    assert torch.equal(model.class_embed.weight[[0, 2]], donor.class_embed.weight[[2, 3]])
+    assert torch.equal(model.class_embed.bias[[0, 2]], donor.class_embed.bias[[2, 3]])
+    assert torch.equal(model.class_embed.weight[1], fresh[1])
+
+
+@pytest.mark.parametrize("number", [4, 9])
+def test_learned_queries_are_cut_or_extended(tmp_path, number):
+    donor = make_model(1, changed(**SOFTMAX))
+    save_checkpoint(tmp_path, donor, CATEGORIES)
+    model = make_model(2, changed(**SOFTMAX, num_queries=number))
+    fresh = model.query_embed.weight.clone()
+    said = init_from(model, tmp_path, ["box"] * 3)
+    both = min(number, 6)
+    assert torch.equal(model.query_embed.weight[:both], donor.query_embed.weight[:both])
+    assert torch.equal(model.query_embed.weight[both:], fresh[both:])
+    assert f"{both} of 6 queries for {number}" in said
+
+
+def test_fewer_anchors_still_cover_the_image(tmp_path):
+    """Anchors stand row by row: the first ones would leave the lower part of the image to nobody."""
+    donor = make_model(1, changed(num_queries=60))
+    save_checkpoint(tmp_path, donor, CATEGORIES)
+    model = make_model(2, changed(num_queries=20))
+    init_from(model, tmp_path, ["box"] * 3)
+    rows = [next(i for i in range(60) if torch.equal(donor.decoder.anchors[i], a)) for a in model.decoder.anchors]
+    assert torch.equal(model.decoder.content, donor.decoder.content[rows])
+    y = model.decoder.anchors.sigmoid()[:, 1]
+    assert y.min() < 0.2 and y.max() > 0.8 and len(set(rows)) == 20
+
+
+def test_what_does_not_fit_is_left_and_named(folder):
+    """Another class loss, another backbone, another kind of query: the rest is worth having."""
+    donor, _ = load_checkpoint(folder)
+    model = make_model(2, changed(**SOFTMAX, backbone="resnet18", norm="frozen"))
+    fresh = {k: v.clone() for k, v in model.state_dict().items()}
+    said = init_from(model, folder, ["box", "circle", "grün"])
+    own, theirs = model.state_dict(), donor.state_dict()
+    left = [k for k in own if torch.equal(own[k], fresh[k]) and not (k in theirs and torch.equal(own[k], theirs[k]))]
+    assert {"class_embed.weight", "class_embed.bias", "query_embed.weight", "input_proj.weight"} <= set(left)
+    assert all(torch.equal(own[k], fresh[k]) for k in own if k.startswith("backbone.0."))
+    for key in ("bbox_embed.layers.0.weight", "transformer.encoder.layers.1.self_attn.in_proj_weight"):
+        assert torch.equal(own[key], theirs[key])
+    assert "initialised anew backbone.0.body.bn1.bias" in said and "not used backbone.0.blocks" in said
+
+
+def test_half_a_backbone_is_not_taken(tmp_path):
+    """A deeper ResNet shares names and shapes with a shallower one, and half of each is neither."""
+    small = {**SOFTMAX, "norm": "frozen", "backbone": "resnet18"}
+    save_checkpoint(tmp_path, make_model(1, changed(**small)), CATEGORIES)
+    model = make_model(2, changed(**{**small, "backbone": "resnet34"}))
+    before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    init_from(model, tmp_path, ["a", "b", "c"])
+    assert all(torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
+
+
+def test_official_weights_go_to_classes_by_their_names(tmp_path):
+    donor = make_model(1, changed(**SOFTMAX, num_classes=91))
+    inner = {f"detr.{k}": v for k, v in donor.state_dict().items()}  # as in a panoptic file
+    torch.save({"model": {**inner, "mask_head.lay1.bias": torch.zeros(3)}}, tmp_path / "official.pth")
+    model = make_model(2, changed(**SOFTMAX))
+    said = init_from(model, tmp_path / "official.pth", ["Dog", "zebra crossing", "zebra"])
+    assert torch.equal(model.class_embed.weight[[0, 2, 3]], donor.class_embed.weight[[18, 24, 91]])
+    assert torch.equal(model.query_embed.weight, donor.query_embed.weight)
+    assert "2 of 3 classes by name; new classes zebra crossing" in said and "not used mask_head.lay1.bias (1" in said
+
+
+def test_a_head_of_nameless_classes_is_taken_when_it_fits(tmp_path):
+    donor = make_model(1, changed(**SOFTMAX))
+    torch.save(donor.state_dict(), tmp_path / "own.pth")
+    same, other = make_model(2, changed(**SOFTMAX)), make_model(2, changed(**SOFTMAX, num_classes=5))
+    init_from(same, tmp_path / "own.pth", ["a", "b", "c"])
+    assert torch.equal(same.class_embed.weight, donor.class_embed.weight)
+    assert "anew class_embed.bias, class_embed.weight (2 in all)" in init_from(other, tmp_path / "own.pth", ["a"] * 5)
+
+
+def test_a_checkpoint_of_which_nothing_fits_is_refused(tmp_path):
+    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"nothing in .*x\.safetensors fits this model"):
+        init_from(make_model(), tmp_path / "x.safetensors", ["a", "b", "c"])
+    with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
+        init_from(make_model(), tmp_path, ["a", "b", "c"])
+
+
+def test_the_named_map_of_official_labels():
+    assert len(COCO_NAMES) == 80 and set(range(91)) - set(COCO_NAMES) == {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    assert COCO_NAMES[1] == "person" and COCO_NAMES[44] == "bottle" and COCO_NAMES[90] == "toothbrush"
+    assert [c["id"] for c in COCO_CATEGORIES] == list(range(91)) and COCO_CATEGORIES[18]["name"] == "dog"
+    assert len({c["name"] for c in COCO_CATEGORIES}) == 91
+
+
+# ---------------------------------------------------------------- backbones
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(3)
+    net = torchvision.models.resnet18()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean)
+            torch.nn.init.uniform_(module.weight)
+    return net.eval()
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_backbone_file_gives_the_features_of_its_network(tmp_path, classifier, norm, suffix):
+    path = tmp_path / f"resnet18{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(classifier.state_dict(), path)
+    model = make_model(1, changed(**SOFTMAX, backbone="resnet18", norm=norm))
+    assert load_backbone(model, path) == f"backbone: 100 weights of {path}"
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x = classifier.maxpool(classifier.relu(classifier.bn1(classifier.conv1(images))))
+        want = classifier.layer4(classifier.layer3(classifier.layer2(classifier.layer1(x))))
+        torch.testing.assert_close(model.backbone[0](images)[1], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backbone_file_that_does_not_fit_is_refused(tmp_path, classifier):
+    torch.save(classifier.state_dict(), tmp_path / "r18.pth")
+    with pytest.raises(CheckpointError, match=r"r18\.pth do not fit: missing layer1.2.bn1.bias"):
+        load_backbone(make_model(1, changed(**SOFTMAX, backbone="resnet34", norm="frozen")), tmp_path / "r18.pth")
+    with pytest.raises(CheckpointError, match="'small' has no weights of ImageNet"):
+        load_backbone(make_model(), "imagenet")
+
+
+def test_torchvisions_weights_come_by_the_backbones_name(monkeypatch, tmp_path, classifier):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints"
+    place.mkdir(parents=True)
+    model = make_model(1, changed(**SOFTMAX, backbone="resnet18", norm="frozen"))
+    torch.save(classifier.state_dict(), place / "resnet18-f37072fd.pth")  # as if it had been downloaded before
+    assert load_backbone(model, "imagenet") == "backbone: 100 weights of resnet18 of torchvision"
+    assert torch.equal(model.backbone[0].body.layer4[1].bn2.running_mean, classifier.layer4[1].bn2.running_mean)
+
+
+def test_without_a_network_it_is_said_how_to_give_a_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone(make_model(1, changed(**SOFTMAX, backbone="resnet18", norm="frozen")), "imagenet")
+    for part in ("resnet18 could not be downloaded", "Name or service", "https://", "=path/to/resnet18-"):
+        assert part in str(caught.value)
 
 
 # ---------------------------------------------------------------- official files
+
+
+def official_state(config: ModelConfig, salt: str = "official") -> dict[str, torch.Tensor]:
+    """Weights under the official keys, by the reference's formula."""
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in DETR(config).state_dict().items()}
+    return {k: torch.from_numpy(v) for k, v in fill.fill_state_dict(shapes.items(), salt).items()}
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +366,54 @@ def test_an_official_file_is_loaded_and_gives_what_its_weights_give(official):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     found = outputs(model)
     assert found["pred_logits"].shape == (1, 100, 92) and torch.isfinite(found["pred_logits"]).all()
+
+
+def test_what_weights_do_not_show_can_be_told(official):
+    path, _ = official
+    plain, dilated = load_official(path), load_official(path, dilation=True, dropout=0.0)
+    assert dilated.config == ModelConfig(preset="detr_resnet50_dc5", dropout=0.0)
+    assert not torch.equal(outputs(plain)["pred_logits"], outputs(dilated)["pred_logits"])
+    with pytest.raises(CheckpointError, match=r"detr-r50\.pth does not make a DETR: nhead Extra inputs"):
+        load_official(path, nhead=4)
+    with pytest.raises(CheckpointError, match=r"unexpected transformer.encoder.layers.4"):
+        load_official(path, enc_layers=4)
+
+
+def test_a_published_resnet101_is_recognised(tmp_path):
+    state = {k: torch.zeros(shape) for k, shape, _ in fill.load_json("state_dict_keys")["detr_resnet101"]}
+    torch.save({"model": state}, tmp_path / "r101.pth")
+    assert load_official(tmp_path / "r101.pth").config == ModelConfig(preset="detr_resnet101")
+
+
+SMALL_OFFICIAL = {"hidden_dim": 32, "dim_feedforward": 48, "enc_layers": 1, "dec_layers": 2, "num_queries": 5}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"backbone": "resnet18"},
+        {"backbone": "resnet34", "pre_norm": True},
+        {"backbone": "resnet18", "position_embedding": "learned", "num_classes": 3},
+        {"backbone": "resnet18", "enc_layers": 0},
+        {"backbone": "resnext50_32x4d"},
+    ],
+    ids=str,
+)
+def test_every_variant_is_recognised_by_its_weights(tmp_path, settings):
+    config = ModelConfig(**{**SMALL_OFFICIAL, **settings})
+    state = official_state(config)
+    torch.save({"model": state}, tmp_path / "x.pth")
+    model = load_official(tmp_path / "x.pth")
+    assert model.config == config
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_options_stored_by_the_training_script_are_heeded(tmp_path):
+    config = ModelConfig(**SMALL_OFFICIAL, backbone="resnet18", nheads=2, dropout=0.3)
+    options = argparse.Namespace(nheads=2, dropout=0.3, dilation=False, aux_loss=True, lr=1e-4, device="cuda")
+    torch.save({"model": official_state(config), "args": options, "epoch": 3}, tmp_path / "x.pth")
+    assert load_official(tmp_path / "x.pth").config == config
+    assert load_official(tmp_path / "x.pth", nheads=4).config.nheads == 4
 
 
 def test_missing_unexpected_and_misshapen_weights_are_named(official, tmp_path):
@@ -210,7 +445,7 @@ def test_missing_unexpected_and_misshapen_weights_are_named(official, tmp_path):
         ),
         (
             {"class_embed.weight": torch.zeros(92, 7), "query_embed.weight": torch.zeros(9, 7)},
-            r"holds no DETR: class_embed.weight has the shape \[92, 7\]",
+            r"does not make a DETR: hidden_dim 7 is not a multiple of nheads 8",
         ),
         ({"model": [1, 2]}, "holds no weights"),
         ([1, 2], "holds no weights"),
@@ -238,11 +473,11 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 def test_damaged_and_absent_files_are_named(tmp_path):
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 not more")
     with pytest.raises(CheckpointError, match=r"cut\.pth"):
-        read_pth(tmp_path / "cut.pth")
+        read_weights(tmp_path / "cut.pth")
     with pytest.raises(CheckpointError, match=r"there is no file .*absent\.pth"):
-        read_pth(tmp_path / "absent.pth")
+        read_weights(tmp_path / "absent.pth")
 
 
 def test_counters_of_batch_norms_are_left_out(tmp_path):
     torch.save({"bn.weight": torch.ones(2), "bn.num_batches_tracked": torch.tensor(5)}, tmp_path / "bn.pth")
-    assert list(read_pth(tmp_path / "bn.pth")) == ["bn.weight"]
+    assert list(read_weights(tmp_path / "bn.pth")) == ["bn.weight"]

@@ -1,12 +1,15 @@
 """The model, matcher and loss as a training loop relies on them: what must not change, and what must be said."""
 from __future__ import annotations
 
+import fill
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from detr.attention import MultiheadAttention
-from detr.backbone import SmallBackbone
+from detr.backbone import RESNETS, ResNetBackbone, SmallBackbone
 from detr.batch import normalise, pad_images
 from detr.config import LossConfig, ModelConfig
 from detr.criterion import SetCriterion
@@ -15,6 +18,7 @@ from detr.model import DETR, all_layers
 from detr.position import PositionEmbeddingLearned, cell_centres, sine_of_boxes, sine_of_points
 from detr.postprocess import PostProcess
 from detr.queries import make_denoising_queries
+from detr.transformer import Transformer
 
 LEARNED = ModelConfig(
     backbone="small", norm="batch", hidden_dim=32, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=64,
@@ -82,6 +86,34 @@ def test_a_batch_equals_its_images_one_by_one_at_the_same_padded_size(config):
             one_logits, one_boxes = all_layers(model(images[i : i + 1], mask[i : i + 1]))
             torch.testing.assert_close(one_logits, logits[:, i : i + 1], rtol=0, atol=1e-5)
             torch.testing.assert_close(one_boxes, boxes[:, i : i + 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "settings", "near", "far"),
+    # Receptive fields: 87 pixels of the small backbone, 435 of ResNet-18; half of it reaches into the padding.
+    [
+        ("learned", {}, (80, 80), (112, 144)),
+        ("anchors", {}, (80, 80), (112, 144)),
+        ("learned", {"backbone": "resnet18", "norm": "frozen"}, (256, 256), (288, 256)),
+    ],
+    ids=["learned", "anchors", "resnet18"],
+)
+def test_padding_further_changes_nothing(queries, settings, near, far):
+    model = DETR(ModelConfig.model_validate({**MODELS[queries].model_dump(), **settings})).eval()
+    # Its norms turn padding non-zero, and its queries see what changes.
+    fill.fill_torch_module(model, "padding", lambda key: None if key.endswith("tracked") else key)
+    image = some_images([(20, 30)])[0]
+
+    def padded(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, mask = torch.zeros(1, 3, height, width), torch.ones(1, height, width, dtype=torch.bool)
+        images[..., :20, :30], mask[..., :20, :30] = image, False
+        with torch.no_grad():
+            return all_layers(model(images, mask))
+
+    for one, other in zip(padded(*near), padded(*far), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
+    # Nearer than that the published model itself changes: the images above do say something.
+    assert (padded(32, 32)[0] - padded(*far)[0]).abs().max() > 1e-3
 
 
 def test_outputs_hold_every_layer_the_last_one_last(config):
@@ -158,6 +190,47 @@ def test_a_factored_bias_is_added_to_the_logits():
     assert (attention(query, key, value, ~padded) - want).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("pre_norm", [False, True], ids=["post_norm", "pre_norm"])
+def test_encoder_and_decoder_are_those_of_the_paper(pre_norm):
+    """Written out: where positions are added, where norms stand, and that pre-norm ends the encoder with one."""
+    torch.manual_seed(0)
+    own = Transformer(16, 4, 2, 2, 24, 0.0, pre_norm).eval()
+    for parameter in own.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 0.5, 0.3)
+    assert (own.encoder.norm is not None) == pre_norm
+    src, pos, query_pos = torch.randn(2, 9, 16), torch.randn(2, 9, 16), torch.randn(5, 16)
+    padded = torch.zeros(2, 9, dtype=torch.bool)
+    padded[1, 6:] = True
+
+    def attend(weights: MultiheadAttention, query, key, value, ignore=None):
+        theirs = nn.MultiheadAttention(16, 4, batch_first=True)
+        theirs.load_state_dict(weights.state_dict())
+        return theirs(query, key, value, key_padding_mask=ignore, need_weights=False)[0]
+
+    def residual(x, norm, function):
+        return x + function(norm(x)) if pre_norm else norm(x + function(x))
+
+    def feed_forward(layer):
+        return lambda x: layer.linear2(layer.linear1(x).clamp(min=0))
+
+    memory = src
+    for layer in own.encoder.layers:
+        memory = residual(memory, layer.norm1, lambda x, a=layer.self_attn: attend(a, x + pos, x + pos, x, padded))
+        memory = residual(memory, layer.norm2, feed_forward(layer))
+    memory = own.encoder.norm(memory) if pre_norm else memory
+    x, want, q = torch.zeros(2, 5, 16), [], query_pos.expand(2, -1, -1)
+    for layer in own.decoder.layers:
+        x = residual(x, layer.norm1, lambda x, a=layer.self_attn: attend(a, x + q, x + q, x))
+        x = residual(
+            x, layer.norm2, lambda x, a=layer.multihead_attn: attend(a, x + q, memory + pos, memory, padded)
+        )
+        x = residual(x, layer.norm3, feed_forward(layer))
+        want.append(own.decoder.norm(x))
+    found = own(src, pos, ~padded[:, None, None, :], query_pos)
+    torch.testing.assert_close(found, torch.stack(want), rtol=0, atol=1e-5)
+
+
 def test_dropout_acts_in_training_only():
     images, mask = some_images([(64, 64)])
     model = make_model(LEARNED.model_copy(update={"dropout": 0.5})).eval()
@@ -190,9 +263,56 @@ def test_frozen_norms_do_not_move_in_training_and_dilation_halves_the_stride():
         assert dilated(torch.zeros(1, 3, 64, 96))[1].shape == (1, 2048, 4, 6)
 
 
-def test_unknown_backbone_is_named():
-    with pytest.raises(ValueError, match="'vgg16' is neither 'small' nor a torchvision ResNet"):
+def test_dilated_features_are_those_of_torchvisions_dilated_network():
+    torch.manual_seed(0)
+    model = DETR(ModelConfig(preset="detr_resnet50_dc5", enc_layers=1, dec_layers=1)).eval()
+    stride = [False, False, True]
+    net = torchvision.models.resnet50(replace_stride_with_dilation=stride, norm_layer=FrozenBatchNorm2d).eval()
+    net.load_state_dict({**net.state_dict(), **model.backbone[0].body.state_dict()})
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
+        want = net.layer4(net.layer3(net.layer2(x)))
+        found = model.backbone[0](images)[1]
+    assert found.shape == (1, 2048, 4, 6)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("queries", MODELS)
+@pytest.mark.parametrize("position", ["sine", "learned"])
+def test_frozen_norms_go_with_either_kind_of_query(queries, position):
+    settings = {"backbone": "resnet18", "norm": "frozen", "position_embedding": position}
+    model = make_model(ModelConfig.model_validate({**MODELS[queries].model_dump(), **settings}))
+    groups = model.train().parameter_groups(1e-4, 1e-5)
+    trained = {id(p) for group in groups for p in group["params"]}
+    frozen = [name for name, p in model.named_parameters() if id(p) not in trained]
+    assert frozen and all(name.startswith(("backbone.0.body.conv1", "backbone.0.body.layer1")) for name in frozen)
+    targets = some_targets([2, 1])
+    criterion = SetCriterion(model.config, LOSS)
+    criterion.total(criterion(model(*some_images([(64, 96), (48, 64)])), targets)).backward()
+    assert {name for name, p in model.named_parameters() if p.grad is None} == set(frozen)
+    # Learned positions are no part of what a backbone without a learning rate freezes.
+    groups = model.parameter_groups(1e-4, 0.0)
+    assert not any(p.requires_grad for p in model.backbone[0].parameters())
+    assert len(groups) == 1 + (position == "learned")
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), [("resnet34", 512), ("resnext50_32x4d", 2048), ("wide_resnet50_2", 2048)]
+)
+def test_every_resnet_of_torchvision_is_a_backbone(name, channels):
+    assert sorted(RESNETS) == torchvision.models.list_models(torchvision.models, include=["resn*t*", "wide_resnet*"])
+    with torch.device("meta"):
+        fine, coarse = ResNetBackbone(name, "frozen", False)(torch.zeros(1, 3, 64, 96))
+    assert fine.shape == (1, channels // 2, 4, 6) and coarse.shape == (1, channels, 2, 3)
+
+
+def test_backbones_that_cannot_be_are_named():
+    with pytest.raises(ValueError, match="'vgg16' is neither 'small' nor a torchvision ResNet; there are resnet18, "):
         DETR(ModelConfig(backbone="vgg16"))
+    for name in ("resnet18", "resnet34", "small"):
+        with pytest.raises(ValueError, match=f"dilation needs a backbone of bottleneck blocks .*, not {name}"):
+            ModelConfig(backbone=name, dilation=True)
 
 
 # ---------------------------------------------------------------- matcher
@@ -265,6 +385,20 @@ def test_a_matcher_without_any_cost_is_refused():
 
 
 # ---------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (0, 0)], ids=["some", "none"])
+@pytest.mark.parametrize("kind", ["learned", "denoising"])
+def test_one_copy_to_the_host_in_matching_losses_and_their_gradients(kind, counts, host_copies):
+    config = MODELS.get(kind, ANCHORS)
+    model, criterion = make_model(config).train(), SetCriterion(config, LOSS)
+    images, mask = some_images([(64, 96), (48, 64)])
+    targets = some_targets(list(counts))
+    with host_copies() as copies:
+        denoising = make_denoising_queries(targets, config.denoising, 4, torch.Generator().manual_seed(0))
+        losses = criterion(model(images, mask, denoising), targets, denoising)
+        criterion.total(losses).backward()
+    assert copies.seen == ["cpu"]
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (3, 0), (9, 2)], ids=["all_empty", "one_empty", "more_than_queries"])

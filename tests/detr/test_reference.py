@@ -17,7 +17,18 @@ from detr.matcher import HungarianMatcher
 from detr.model import DETR, count_parameters
 from detr.position import PositionEmbeddingLearned, PositionEmbeddingSine
 from detr.postprocess import PostProcess
-from detr.transforms import boxes_to_targets, crop, hflip, resize, resize_to, resized_size, to_uint8
+from detr.transforms import (
+    annotations_to_target,
+    boxes_to_targets,
+    center_crop,
+    crop,
+    hflip,
+    pad,
+    resize,
+    resize_to,
+    resized_size,
+    to_uint8,
+)
 
 CASE = "det_base"
 CONFIG = ModelConfig(
@@ -229,13 +240,12 @@ def test_postprocess_of_given_outputs():
 
 # ---------------------------------------------------------------- transforms
 
-OPERATIONS = {op["name"]: op for op in fill.load_json("transforms")["ops"] if op["op"] != "pad"}
+OPERATIONS = {op["name"]: op for op in fill.load_json("transforms")["ops"]}
 
 
 def source(stored: dict, name: str) -> tuple[Image.Image, dict]:
     found = fill.subtree(stored, f"src/{name}")
-    target = tensors({k: v for k, v in fill.subtree(found, "target").items() if k != "masks"})
-    return Image.fromarray(found["image"]), target
+    return Image.fromarray(found["image"]), tensors(fill.subtree(found, "target"))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -250,18 +260,34 @@ def test_transform(name):
         got, after = resize(image, target, op["size"], op["max_size"])
     elif op["op"] == "crop":
         got, after = crop(image, target, tuple(op["region_top_left_h_w"]))
+    elif op["op"] == "pad":
+        got, after = pad(image, target, *op["padding"])
     else:
-        height, width = op["size"]
-        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-        got, after = crop(image, target, (top, left, height, width))
+        got, after = center_crop(image, target, tuple(op["size"]))
 
     want = fill.subtree(stored, f"op/{name}")
     difference = np.abs(np.asarray(got).astype(int) - want["image"].astype(int))
     assert difference.shape == want["image"].shape and difference.max() <= (op["op"] == "resize")
-    wanted = {k: v for k, v in tensors(fill.subtree(want, "target")).items() if k != "masks"}
+    wanted = tensors(fill.subtree(want, "target"))
     assert set(after) == set(wanted)
     for key, value in wanted.items():
         torch.testing.assert_close(after[key], value, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", fill.load_json("convert")["cases"])
+def test_annotations_become_the_official_target(name):
+    figures = fill.load_json("convert")
+    case, (width, height) = figures["cases"][name], figures["image_size_wh"]
+    want = tensors(fill.subtree(fill.load_npz("convert"), name))
+    masks = None
+    if case["return_masks"]:
+        masks = torch.zeros(len(case["annotations"]), height, width, dtype=torch.uint8)
+        masks[: len(want["masks"])] = want["masks"]
+    got = annotations_to_target(case["annotations"], 3, width, height, masks)
+    assert set(got) == set(want)
+    for key, value in want.items():
+        assert str(got[key].dtype) == case["dtypes"][key], key
+        torch.testing.assert_close(got[key], value, rtol=0, atol=1e-4, msg=key)
 
 
 def test_rows_of_the_size_rule():
@@ -323,6 +349,10 @@ def test_numbers_of_parameters_and_their_groups(variant, settings):
     rates = {1e-4: "other", 1e-5: "backbone"}
     tensors_of = {rates[group["lr"]]: len(group["params"]) for group in groups}
     assert {"backbone": 0, **tensors_of} == want["trainable_tensors"]
+    elements = {rates[group["lr"]]: sum(p.numel() for p in group["params"]) for group in groups}
+    assert {"backbone": 0, **elements} == want["trainable_elements"]
+    lines = "\n".join(f"{k} {'x'.join(map(str, v.shape))}" for k, v in model.state_dict().items())
+    assert hashlib.sha256(lines.encode()).hexdigest() == want["state_dict_sha256"]
 
 
 def test_initialisation_is_the_official_one():

@@ -10,19 +10,26 @@ import pytest
 import torch
 from PIL import Image
 
+from detr import transforms
 from detr.batch import pad_images
 from detr.config import ModelConfig
 from detr.transforms import (
     TRAIN_SIZES,
     ImageError,
+    annotations_to_target,
     augment_detr,
     augment_light,
     boxes_to_targets,
+    center_crop,
     crop,
     decode_image,
     hflip,
     input_size,
     jitter_colour,
+    pad,
+    random_crop,
+    random_pad,
+    random_size_crop,
     resize,
     to_uint8,
     vflip,
@@ -268,6 +275,82 @@ def test_a_crop_drops_what_it_leaves_out_and_counts_the_rest_anew():
     assert after["labels"].tolist() == [2, 3] and after["iscrowd"].tolist() == [1, 0]
     assert after["area"].tolist() == [100, 225]
     assert target["labels"].tolist() == [1, 2, 3]
+
+
+def test_a_target_of_masks_alone_keeps_what_is_still_to_be_seen():
+    masks = torch.zeros(3, 30, 40, dtype=torch.bool)
+    masks[0, 2:6, 2:6] = masks[1, 10:20, 15:35] = masks[2, 29, 39] = True
+    _, after = crop(noise(), {"masks": masks, "labels": torch.tensor([1, 2, 3])}, (10, 15, 20, 25))
+    assert after["labels"].tolist() == [2, 3] and after["masks"].shape == (2, 20, 25)
+    assert after["masks"][0, :10, :20].all() and after["masks"][1].sum() == 1
+
+
+def test_sizes_and_places_of_random_crops_are_uniform_with_both_ends():
+    wide, rng = Image.new("L", (700, 500)), np.random.default_rng(0)
+    sizes = np.array([random_size_crop(wide, {}, rng, 384, 600)[0].size for _ in range(6000)])
+    for side, values in zip(sizes.T, (range(384, 601), range(384, 501)), strict=True):
+        assert set(side) == set(values)
+        error = np.std(values) / len(side) ** 0.5
+        assert abs(side.mean() - np.mean(values)) < 4 * error
+        assert side.std() == pytest.approx(np.std(values), rel=0.03)
+    assert abs(np.corrcoef(sizes.T)[0, 1]) < 0.06
+    shown = np.arange(20, dtype=np.uint8).reshape(4, 5)
+    corners = [np.asarray(random_crop(Image.fromarray(shown), {}, rng, (3, 3))[0])[0, 0] for _ in range(600)]
+    assert set(corners) == {0, 1, 2, 5, 6, 7} and min(np.bincount(corners)[[0, 1, 2, 5, 6, 7]]) > 60
+
+
+def test_padding_is_black_and_moves_no_box():
+    target = {"boxes": torch.tensor([[1.0, 2, 3, 4]]), "masks": torch.ones(1, 30, 40, dtype=torch.bool)}
+    image, after = pad(noise(), target, 3, 2)
+    assert image.size == (43, 32) and after["size"].tolist() == [32, 43]
+    assert np.array_equal(np.asarray(image)[:30, :40], np.asarray(noise()))
+    assert np.asarray(image)[30:].max() == np.asarray(image)[:, 40:].max() == 0
+    assert torch.equal(after["boxes"], target["boxes"])
+    assert after["masks"].sum() == 1200 and after["masks"].shape == (1, 32, 43)
+    rng = np.random.default_rng(0)
+    sizes = {random_pad(noise(), {}, rng, 2)[0].size for _ in range(200)}
+    assert sizes == {(w, h) for w in (40, 41, 42) for h in (30, 31, 32)}
+
+
+def test_the_middle_is_rounded_as_python_rounds():
+    image = Image.fromarray(np.arange(49, dtype=np.uint8).reshape(7, 7))
+    for size, first in (((4, 4), 16), ((2, 2), 16), ((7, 6), 0)):  # 1.5 and 2.5 both become 2, 0.5 becomes 0
+        assert np.asarray(center_crop(image, {}, size)[0])[0, 0] == first
+
+
+def test_the_published_recipe_draws_its_sizes_as_published(monkeypatch):
+    calls, images, flips = [], 3000, 0
+
+    def recorded(image, target, size, max_size=None):
+        calls[-1].append((size, max_size))
+        return Image.new("1", transforms.resized_size(*image.size, size, max_size)), target
+
+    monkeypatch.setattr(transforms, "resize", recorded)
+    monkeypatch.setattr(transforms, "hflip", lambda image, target: (image, {"flipped": True}))
+    source, rng = Image.new("1", (640, 480)), np.random.default_rng(0)
+    for _ in range(images):
+        calls.append([])
+        flips += augment_detr(source, {}, rng, 1333)[1].get("flipped", False)
+    cropped = [c for c in calls if len(c) == 2]
+    assert abs(flips / images - 0.5) < 0.04 and abs(len(cropped) / images - 0.5) < 0.04
+    counts = np.unique([c[-1][0] for c in calls], return_counts=True)
+    assert counts[0].tolist() == list(TRAIN_SIZES) and abs(counts[1] / images - 1 / 11).max() < 0.025
+    first = np.unique([c[0][0] for c in cropped], return_counts=True)
+    assert first[0].tolist() == [400, 500, 600] and abs(first[1] / len(cropped) - 1 / 3).max() < 0.05
+    assert {c[-1][1] for c in calls} == {1333} and {c[0][1] for c in cropped} == {None}
+
+
+def test_annotations_outside_the_image_are_cut_or_dropped():
+    records = [
+        {"bbox": [-5, -5, 20, 10], "category_id": 3, "area": 200},
+        {"bbox": [35, 25, 20, 20], "category_id": 1, "area": 400, "iscrowd": 0},
+        {"bbox": [50, 0, 5, 5], "category_id": 7, "area": 25},
+        {"bbox": [0, 0, 40, 30], "category_id": 9, "area": 1200, "iscrowd": 1},
+    ]
+    target = annotations_to_target(records, 11, 40, 30)
+    assert target["boxes"].tolist() == [[0, 0, 15, 5], [35, 25, 40, 30]]
+    assert target["labels"].tolist() == [3, 1] and target["area"].tolist() == [200, 400]
+    assert target["size"].tolist() == [30, 40] and target["image_id"].tolist() == [11]
 
 
 def test_an_image_without_boxes_passes_through_everything():

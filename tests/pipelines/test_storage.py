@@ -3,10 +3,12 @@
 import http.server
 import threading
 
+import pyarrow.fs as pafs
 import pytest
 
+from pipelines import storage
 from pipelines.settings import UserError
-from pipelines.storage import _s3, filesystem
+from pipelines.storage import _s3, fetch, filesystem
 
 
 @pytest.fixture
@@ -70,3 +72,19 @@ def test_a_bucket_that_is_missing_or_closed_is_said(refusing_s3):
     assert error.value.exit_code == 2
     with pytest.raises(UserError, match="There is no bucket or folder s3://missing/images"):
         filesystem("s3://missing/images")
+
+
+def test_what_is_local_is_used_where_it_is_and_what_is_not_is_copied(tmp_path, monkeypatch):
+    (tmp_path / "bucket" / "best").mkdir(parents=True)
+    (tmp_path / "bucket" / "best" / "config.json").write_text("{}")
+    (tmp_path / "bucket" / "w.pth").write_bytes(b"weights")
+    place = tmp_path / "here"
+    place.mkdir()
+    local = (tmp_path / "bucket" / "w.pth").as_uri()
+    assert fetch(local, place) == tmp_path / "bucket" / "w.pth" and not list(place.iterdir())
+
+    remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())  # stands for an object store
+    monkeypatch.setattr(storage, "locate", lambda uri: (remote, str(uri).removeprefix("s3://")))
+    assert fetch("s3://bucket/w.pth", place).read_bytes() == b"weights"
+    assert (fetch("s3://bucket/best", place) / "config.json").read_text() == "{}"
+    assert sorted(p.name for p in place.iterdir()) == ["best", "w.pth"]

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torchvision.models import resnet18
 
 from detr.checkpoint import save_checkpoint
 from detr.config import ModelConfig
@@ -14,11 +15,13 @@ from pipelines import train as module
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
 from pipelines.train import (
     _Budget,
-    _ema_update,
+    _Log,
     _train_step,
+    find_weights,
     load_initial_weights,
     lr_factor,
     read_history,
+    update_average,
 )
 
 SMALL = {
@@ -87,12 +90,19 @@ def test_steps_done_again_after_a_stop_count_once(tmp_path):
 
 
 def test_the_average_forgets_its_start_and_copies_counters():
-    update = _ema_update(0.99)
-    average = torch.zeros(1)
-    for n in range(1, 200):
-        average = update(average, torch.ones(1), n)
-    assert average > 0.99
-    assert update(torch.tensor(3), torch.tensor(8), 5) == 8
+    model = torch.nn.BatchNorm1d(2)
+    ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    torch.nn.init.zeros_(model.weight)
+    update_average(ema, model, 0.99)
+    assert torch.equal(ema.module.weight, model.weight)  # the first is taken as it is
+    torch.nn.init.ones_(model.weight)
+    model.num_batches_tracked += 8
+    update_average(ema, model, 0.99)
+    torch.testing.assert_close(ema.module.weight, torch.full((2,), 1 - 2 / 11))
+    assert ema.module.num_batches_tracked == 8
+    for _ in range(200):
+        update_average(ema, model, 0.99)
+    assert ema.module.weight.min() > 0.99
 
 
 def test_starting_weights_are_taken_where_they_fit(tmp_path):
@@ -100,18 +110,48 @@ def test_starting_weights_are_taken_where_they_fit(tmp_path):
     source = DETR(ModelConfig.model_validate(SMALL))
     save_checkpoint(tmp_path / "old", source, [{"id": i, "name": str(i)} for i in range(3)])
     target = DETR(ModelConfig.model_validate({**SMALL, "num_classes": 5}))
-    (message,) = load_initial_weights(target, TrainSettings(init_from=str(tmp_path / "old")))
-    assert "class_embed.weight" in message and "bbox_embed" not in message
+    options = TrainSettings(init_from=(tmp_path / "old").as_uri(), backbone_weights="none")
+    (message,) = load_initial_weights(target, options, ["new", "2", "1", "other", "0"])
+    assert "3 of 5 classes by name; new classes new, other" in message
     own, theirs = target.state_dict(), source.state_dict()
     assert torch.equal(own["bbox_embed.layers.0.weight"], theirs["bbox_embed.layers.0.weight"])
-    assert own["class_embed.weight"].shape[0] == 5
+    assert torch.equal(own["class_embed.weight"][[1, 2, 4]], theirs["class_embed.weight"][[2, 1, 0]])
+
+
+def test_backbone_weights_are_loaded_before_those_of_the_whole_model(tmp_path):
+    config = {**SMALL, "backbone": "resnet18", "norm": "frozen"}
+    net = resnet18()
+    torch.save(net.state_dict(), tmp_path / "resnet18.pth")
+    model = DETR(ModelConfig.model_validate(config))
+    options = {"backbone_weights": str(tmp_path / "resnet18.pth")}
+    (message,) = load_initial_weights(model, TrainSettings(**options), ["a", "b", "c"])
+    assert message == f"backbone: 100 weights of {tmp_path / 'resnet18.pth'}"
+    assert torch.equal(model.backbone[0].body.layer2[0].conv1.weight, net.layer2[0].conv1.weight)
+    save_checkpoint(tmp_path / "old", DETR(model.config), [{"id": i, "name": str(i)} for i in range(3)])
+    messages = load_initial_weights(
+        model, TrainSettings(**options, init_from=str(tmp_path / "old")), ["a", "b", "c"]
+    )
+    assert len(messages) == 2
+    assert not torch.equal(model.backbone[0].body.layer2[0].conv1.weight, net.layer2[0].conv1.weight)
 
 
 def test_starting_weights_that_cannot_be_read_are_one_sentence(tmp_path):
     model = DETR(ModelConfig.model_validate(SMALL))
     for given in (tmp_path / "nothing.pth", tmp_path):
         with pytest.raises(UserError, match=str(given)):
-            load_initial_weights(model, TrainSettings(init_from=str(given)))
+            load_initial_weights(model, TrainSettings(init_from=str(given)), ["a", "b", "c"])
+
+
+def test_paths_of_weights_hold_wherever_a_worker_runs(tmp_path, monkeypatch):
+    (tmp_path / "w.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    given = override_settings(
+        RunSettings(), {"train.init_from": "w.pth", "train.backbone_weights": "imagenet"}
+    )
+    assert find_weights(given).train.init_from == str(tmp_path / "w.pth")
+    assert find_weights(given).train.backbone_weights == "imagenet"
+    with pytest.raises(UserError, match=r"no file or folder absent\.pth"):
+        find_weights(override_settings(given, {"train.backbone_weights": "absent.pth"}))
 
 
 def test_outputs_that_are_not_finite_name_the_images():
@@ -129,3 +169,29 @@ def test_outputs_that_are_not_finite_name_the_images():
     with pytest.raises(UserError, match=r"11, 42.*train\.lr"):
         _train_step(model, SetCriterion(settings.model, settings.loss), optimizer, batch, 0, settings, 0)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items() if k != "class_embed.bias")
+
+
+@pytest.mark.parametrize("preset", ["detr_resnet50", "tiny"])
+def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_path, preset, host_copies):
+    small = {**SMALL, "preset": preset, "backbone": "small", "norm": "batch"}
+    settings = override_settings(RunSettings(), {"model": small})
+    model = DETR(settings.model)
+    ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-4, 1e-4), fused=True)
+    criterion = SetCriterion(settings.model, settings.loss)
+    log = _Log(tmp_path / "progress.jsonl", None, "", True)
+    log.per_epoch, log._track = 10.0, lambda metrics, step: None
+    batch = {
+        "images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "sizes": torch.tensor([[64, 64], [48, 64]]),
+        "counts": torch.tensor([1, 2]), "labels": torch.tensor([0, 1, 2]), "boxes": torch.full((3, 4), 0.4),
+        "image_ids": torch.tensor([11, 42]),
+    }  # fmt: skip
+    batch["counts"].on_host = ema.n_averaged.on_host = True
+    steps = 2 * module.LOG_EVERY
+    with host_copies() as copies:
+        for step in range(steps):
+            losses, norm = _train_step(model, criterion, optimizer, batch, step, settings, 0)
+            update_average(ema, model, 0.99)
+            log.step(step + 1, steps, losses, norm, 1e-4, 2)
+    assert copies.seen.count("cpu") == len(copies.seen) == steps + 2  # the matcher's, and two of the log
+    assert len((tmp_path / "progress.jsonl").read_text().splitlines()) == 2
