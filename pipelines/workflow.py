@@ -57,7 +57,7 @@ def sweep_stage(settings: RunSettings, store: Path, data: Record) -> Record:
     def work(folder: Path) -> dict[str, Any]:
         return sweep(settings, Path(data["folder"]), folder, _tracker(settings, store, data), name)
 
-    return _stage(store, "sweep", chosen, {"dataset": data["result"]["digest"]}, work)
+    return _stage(store, "sweep", chosen, _training_inputs(settings, data), work)
 
 
 def train_stage(settings: RunSettings, store: Path, data: Record) -> Record:
@@ -71,7 +71,7 @@ def train_stage(settings: RunSettings, store: Path, data: Record) -> Record:
         return train(settings, Path(data["folder"]), folder, _tracker(settings, store, data), name,
                      {"detr.stage": "train", "detr.key": folder.name})  # fmt: skip
 
-    return _stage(store, "train", chosen, {"dataset": data["result"]["digest"]}, work)
+    return _stage(store, "train", chosen, _training_inputs(settings, data), work)
 
 
 def evaluate_stage(settings: RunSettings, store: Path, data: Record, checkpoint: Path, split: str) -> Record:
@@ -339,6 +339,27 @@ def _training_settings(settings: RunSettings) -> dict[str, Any]:
     groups = settings.model_dump(mode="json")
     chosen = {key: groups[key] for key in ("seed", "model", "loss", "train")}
     return {**chosen, "max_dets": settings.evaluate.max_dets, "max_pixels": settings.ingest.max_pixels}
+
+
+def _training_inputs(settings: RunSettings, data: Record) -> dict[str, Any]:
+    """Digests of the dataset, and of the weights to start from: another file at the same path is another training."""
+    import pyarrow.fs
+
+    from pipelines.storage import filesystem
+
+    inputs = {"dataset": data["result"]["digest"]}
+    for key in ("init_from", "backbone_weights"):
+        given = getattr(settings.train, key)
+        if given and given != "imagenet":
+            fs, path = filesystem(given)
+            if fs.get_file_info(path).type == pyarrow.fs.FileType.Directory:
+                path += "/model.safetensors"
+            try:
+                with fs.open_input_stream(path) as file:
+                    inputs[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            except FileNotFoundError as error:
+                raise UserError(f"{given} is no checkpoint folder: it has no model.safetensors.", 2) from error
+    return inputs
 
 
 def _tracker(settings: RunSettings, store: Path, data: Record):
