@@ -22,5 +22,5 @@ def test_other_weights_at_the_same_path_are_another_training(tmp_path):
     after = _training_inputs(settings, DATA)
     assert before["backbone_weights"] != after["backbone_weights"] and before["init_from"] == after["init_from"]
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="has no model.safetensors"):
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
         _training_inputs(settings, DATA)
