@@ -102,10 +102,12 @@ class DETR(nn.Module):
 
     def _fuse(self, memory: Tensor, fine: Tensor) -> Tensor:
         """The encoder's memory [B, D, h, w] on the finer grid of `fine`, with what only that grid shows."""
-        height, width = fine.shape[-2:]
         factor = self.backbone[0].stride // self.backbone[0].fine_stride
         up = F.interpolate(memory, scale_factor=factor, mode="bilinear", align_corners=False)
-        fused = self.fine_norm((self.fine_proj(fine) + up[..., :height, :width]).permute(0, 2, 3, 1))
+        # The last coarse cell may lie half outside. (A slice would keep torch.export from leaving sizes open.)
+        for axis in (2, 3):
+            up = up.index_select(axis, torch.arange(fine.shape[axis], device=up.device))
+        fused = self.fine_norm((self.fine_proj(fine) + up).permute(0, 2, 3, 1))
         return fused.permute(0, 3, 1, 2)
 
     def parameter_groups(self, lr: float, lr_backbone: float) -> list[dict]:
