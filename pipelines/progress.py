@@ -21,11 +21,13 @@ T = TypeVar("T")
 
 
 class RateColumn(ProgressColumn):
-    """Items per second."""
+    """Items per second, or per minute where they are slow."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f}/s" if speed else "")
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 0.5 else f"{60 * speed:.1f}/min")
 
 
 def progress(**options) -> Progress:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.progress import console
+from pipelines.progress import console, progress
 from pipelines.settings import RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, write_json
 from pipelines.tracking import Tracker
@@ -56,16 +56,34 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
         found = train(mine, dataset_folder, place, tracker, f"{name}-{key}", tags)
         tune.report({key: found[key] for key in ("AP", "AP50", "steps", "images_per_second", "run_id")})
 
-    console.print(f"Sweep of {options.trials} trials, {options.budget} each.")
-    tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 0.1}),  # its worker asks for its own
-        param_space={"values": tune.grid_search(_combinations(options.space, present, options.trials, settings.seed))},
-        tune_config=tune.TuneConfig(metric="AP", mode="max", max_concurrent_trials=options.max_concurrent),
-        run_config=tune.RunConfig(name="tune", storage_path=str(folder / "ray"), verbose=0),
-    )
+    combinations = _combinations(options.space, present, options.trials, settings.seed)
+    console.print(f"Sweep of {len(combinations)} trials, {options.budget} each.")
     status = "FAILED"
     try:
-        rows = [_row(result, present) for result in tuner.fit()]
+        with progress() as bar:
+            task = bar.add_task("sweep", total=len(combinations), note="")
+
+            class Follower(tune.Callback):
+                """Says how a trial ended as soon as it did."""
+
+                def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
+                    changes = _changes(trial.config["values"], present)
+                    console.print(f"  AP {trial.last_result['AP']:.4f}: {_in_words(changes)}")
+                    bar.advance(task)
+
+                def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
+                    console.print(f"  failed: {_in_words(_changes(trial.config['values'], present))}")
+                    bar.advance(task)
+
+            tuner = tune.Tuner(
+                tune.with_resources(trial, {"CPU": 0.1}),  # its worker asks for its own
+                param_space={"values": tune.grid_search(combinations)},
+                tune_config=tune.TuneConfig(metric="AP", mode="max", max_concurrent_trials=options.max_concurrent),
+                run_config=tune.RunConfig(
+                    name="tune", storage_path=str(folder / "ray"), verbose=0, callbacks=[Follower()]
+                ),
+            )
+            rows = [_row(result, present) for result in tuner.fit()]
         ended = [row for row in rows if row["AP"] is not None]
         if not ended:
             raise UserError(f"No trial of the sweep ended; the first says: {rows[0]['error']}")
@@ -87,8 +105,9 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
         tracker.log_file(run_id, folder / file)
     tracker.log_metrics(run_id, {"best/AP": best["AP"]})
     for row in rows:
-        words = ", ".join(f"{k}={v}" for k, v in row["changes"].items()) or "the present settings"
-        console.print(f"  failed: {words}: {row['error']}" if row["AP"] is None else f"  AP {row['AP']:.4f}: {words}")
+        if row["AP"] is None:
+            console.print(f"  {_in_words(row['changes'])} failed: {row['error']}")
+    console.print(f"  Best: {_in_words(best['changes'])}")
     return {"best": best["changes"], "best_config": "best.yaml", "trials": rows, "run_id": run_id}
 
 
@@ -118,8 +137,16 @@ def _combinations(
 def _row(result, present: dict[str, Any]) -> dict[str, Any]:
     metrics, error = result.metrics or {}, result.error
     return {
-        "changes": {k: v for k, v in result.config["values"].items() if v != present[k]},
+        "changes": _changes(result.config["values"], present),
         **{key: metrics.get(key) for key in ("AP", "AP50", "steps", "images_per_second", "run_id")},
         "seconds": round(metrics.get("time_total_s", 0.0), 1),
         "error": None if error is None else str(error).strip().splitlines()[-1],
     }
+
+
+def _changes(values: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v != present[k]}
+
+
+def _in_words(changes: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in changes.items()) or "the present settings"

@@ -21,4 +21,4 @@ def test_the_built_in_images_are_learnt_in_a_thousand_steps(tmp_path):
     )  # fmt: skip
     result = json.loads(done.stdout)
     print(f"AP {result['AP']:.3f}, AP50 {result['AP50']:.3f}, {result['images_per_second']} images/s")
-    assert result["AP"] > 0.35 and result["AP50"] > 0.65
+    assert result["AP"] > 0.42 and result["AP50"] > 0.72
