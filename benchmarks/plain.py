@@ -5,6 +5,7 @@ Its weights have the names of `detr`'s, so that both compute the same from one s
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ class PlainDETR(nn.Module):
         self.class_embed = nn.Linear(c.hidden_dim, c.num_classes + 1)
         self.bbox_embed = nn.Module()
         widths = [c.hidden_dim] * 3 + [4]
-        self.bbox_embed.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.bbox_embed.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, images: Tensor, mask: Tensor) -> dict:
         features = self.backbone(images)

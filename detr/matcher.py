@@ -108,7 +108,8 @@ class HungarianMatcher(nn.Module):
             positive = self.focal_alpha * (1 - p) ** gamma * -(p + 1e-8).log()
             negative = (1 - self.focal_alpha) * p**gamma * -(1 - p + 1e-8).log()
             class_cost = positive - negative
-        box_cost = (boxes[..., None, :] - truth[None, :, None]).abs().sum(-1)
+        # One coordinate at a time: no tensor of all pairs is four times as large.
+        box_cost = sum((boxes[..., None, i] - truth[None, :, None, :, i]).abs() for i in range(4))
         giou = generalized_iou(
             cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(truth)[None, :, None]
         )
