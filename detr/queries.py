@@ -49,18 +49,20 @@ class DenoisingQueries:
 
 
 def make_denoising_queries(
-    targets: list[dict[str, Tensor]], config: DenoisingConfig, num_classes: int, generator: torch.Generator
-) -> DenoisingQueries | None:
+    targets: list[dict[str, Tensor]], config: DenoisingConfig, num_classes: int, generator: torch.Generator,
+    device: torch.device | None = None,
+) -> DenoisingQueries | None:  # fmt: skip
     """`config.groups` noised copies of every image's boxes, or None when the batch has no box.
 
     Noise is drawn on the CPU from the generator: labels are replaced with probability label_noise; each
-    corner moves by up to box_noise times half the box's size.
+    corner moves by up to box_noise times half the box's size. device: where the queries go, by default where
+    the targets are.
     """
     counts = [len(t["labels"]) for t in targets]
     slots = max(counts, default=0)
     if slots == 0 or config.groups == 0:
         return None
-    device = targets[0]["boxes"].device
+    device = device or targets[0]["boxes"].device
     batch, width = len(targets), config.groups * slots
     labels = torch.zeros(batch, width, dtype=torch.long)
     boxes = torch.full((batch, width, 4), 0.5)

@@ -182,7 +182,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         while not budget.is_spent(state["step"]):
             step = state["step"]
-            batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
+            batch = next(batches)
             factor = lr_factor(step, budget.steps, options)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
@@ -216,19 +216,18 @@ def _train_step(
     net: torch.nn.Module, criterion: SetCriterion, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
     step: int, settings: RunSettings, rank: int,
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """One optimiser step -> (losses, gradient norm), left on the device."""
+    """One optimiser step on a batch from the host -> (losses, gradient norm), left on the device."""
     options, model = settings.train, settings.model
-    images, mask = normalise(batch["images"], batch["sizes"])
-    images = images.contiguous(memory_format=torch.channels_last)
-    counts = batch["counts"].tolist()
-    targets = [
-        {"labels": labels, "boxes": boxes}
-        for labels, boxes in zip(batch["labels"].split(counts), batch["boxes"].split(counts), strict=True)
-    ]
+    device = next(net.parameters()).device
     # A generator of the step's own: the noise does not depend on what came before.
     seed = np.random.SeedSequence((settings.seed, step, rank)).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(seed))
-    denoising = make_denoising_queries(targets, model.denoising, model.num_classes, generator)
+    # Numbers of boxes and noise are made on the host, so that nothing has to come back from the device for them.
+    denoising = make_denoising_queries(_targets(batch), model.denoising, model.num_classes, generator, device)
+    batch = {k: v if k == "counts" else v.to(device, non_blocking=True) for k, v in batch.items()}
+    targets = _targets(batch)
+    images, mask = normalise(batch["images"], batch["sizes"])
+    images = images.contiguous(memory_format=torch.channels_last)
     net.train()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
         outputs = net(images, mask, denoising)
@@ -247,6 +246,13 @@ def _train_step(
     norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], limit)
     optimizer.step()
     return {**losses, "loss": total.detach()}, norm
+
+
+def _targets(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A batch's boxes and labels, image by image."""
+    counts = batch["counts"].tolist()
+    parts = zip(batch["labels"].split(counts), batch["boxes"].split(counts), strict=True)
+    return [{"labels": labels, "boxes": boxes} for labels, boxes in parts]
 
 
 @torch.inference_mode()
@@ -444,7 +450,7 @@ class _Log:
         self.count += 1
         if step % LOG_EVERY and step != steps:
             return
-        values = torch.stack([value.float() for value in self.sums.values()]).cpu() / self.count
+        values = torch.stack([value.float() for value in self.sums.values()]) / self.count
         means = dict(zip(self.sums, values.tolist(), strict=True))
         rate = images * self.count / (time.monotonic() - self.since)
         self.rates.append(rate)
