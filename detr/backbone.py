@@ -1,10 +1,16 @@
 """The convolutional feature extractor: a torchvision ResNet as published, or a small one for random weights."""
 from __future__ import annotations
 
+import copy
+from itertools import pairwise
+from typing import TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import get_model
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from detr.config import ModelConfig
@@ -29,7 +35,8 @@ RESNETS = {
 class ResNetBackbone(nn.Module):
     """A torchvision ResNet up to its last stage: stride 32, or 16 with dilation.
 
-    With frozen norms (published) conv1 and layer1 do not train either.
+    With frozen norms (published) conv1 and layer1 do not train either, and each convolution is computed with
+    its norm's scale and bias in it: the same numbers but for rounding, without the norm's two passes.
     """
 
     def __init__(self, name: str, norm: str, dilation: bool):
@@ -56,17 +63,36 @@ class ResNetBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] -> features at stride 16 [B, fine_channels, ...] and 32 [B, num_channels, ...]."""
-        features = self.body(images)
-        return features["fine"], features["coarse"]
+        return tuple(self.stages(images)[-2:])
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> the features of layer1 to layer4 [B, stage_channels, ...], for a mask head."""
-        features, x = [], images
-        for name, layer in self.body.items():
-            x = layer(x)
-            if name.startswith("layer"):
-                features.append(x)
+        body, features = self.body, []
+        x = body["maxpool"](_convolve(body["conv1"], body["bn1"], images).relu_())
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            for block in body[name]:
+                x = _residual(block, x)
+            features.append(x)
         return features
+
+
+def _residual(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
+    """A block of torchvision's ResNet, as its own forward but for the norms."""
+    shortcut = x if block.downsample is None else _convolve(*block.downsample, x)
+    y = _convolve(block.conv2, block.bn2, _convolve(block.conv1, block.bn1, x).relu_())
+    if isinstance(block, Bottleneck):
+        y = _convolve(block.conv3, block.bn3, y.relu_())
+    return y.add_(shortcut).relu_()
+
+
+def _convolve(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(convolution(x)); a frozen norm is folded into the convolution, through which gradients flow on."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(convolution(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight, bias = convolution.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+    c = convolution
+    return F.conv2d(x, weight, bias, c.stride, c.padding, c.dilation, c.groups)
 
 
 class ResidualBlock(nn.Module):
@@ -125,3 +151,23 @@ def build_backbone(config: ModelConfig) -> nn.Sequential:
         body = ResNetBackbone(config.backbone, config.norm, config.dilation)
     encoding = PositionEmbeddingSine if config.position_embedding == "sine" else PositionEmbeddingLearned
     return nn.Sequential(body, encoding(config.hidden_dim // 2))
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fold_norms(model: Model) -> Model:
+    """A copy of a model for inference, in evaluation mode, its frozen and batch norms folded into the convolutions.
+
+    It computes the same but for rounding, faster; its state dict has other keys, and it does not train.
+    """
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        for (_, convolution), (name, norm) in pairwise(list(module.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+                convolution.weight, convolution.bias = fuse_conv_bn_weights(
+                    convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps,
+                    norm.weight, norm.bias,
+                )  # fmt: skip
+                setattr(module, name, nn.Identity())
+    return model.requires_grad_(False)

@@ -58,11 +58,11 @@ class SetCriterion(nn.Module):
         num_boxes = self._mean_over_workers(logits.new_tensor(len(labels), dtype=torch.float32)).clamp(min=1)
 
         losses = self._losses(logits, boxes, labels, truth, matches, num_boxes, "")
+        pairs = len(matches.layer) // len(logits)  # every layer has as many, the last layer's come last
+        last = Matches(*(x[len(x) - pairs :] for x in vars(matches).values()))
         with torch.no_grad():
-            losses |= self._errors(logits, labels, matches, targets)
+            losses |= self._errors(logits, labels, last, targets)
         if "pred_masks" in outputs:
-            pairs = len(matches.layer) // len(logits)  # every layer has as many, the last layer's come last
-            last = Matches(*(x[len(x) - pairs :] for x in vars(matches).values()))
             losses |= _mask_losses(outputs["pred_masks"], [t["masks"] for t in targets], last, num_boxes)
         if denoising is not None:
             dn = outputs["denoising"]
@@ -121,13 +121,11 @@ class SetCriterion(nn.Module):
         return ce.view(layers, -1).sum(1) / norm
 
     def _errors(
-        self, logits: Tensor, labels: Tensor, matches: Matches, targets: list[dict[str, Tensor]]
+        self, logits: Tensor, labels: Tensor, last: Matches, targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """class_error of the last layer in percent, cardinality_error of every layer."""
+        """class_error of the last layer (whose matches are given) in percent, cardinality_error of every layer."""
         layers = logits.shape[0]
-        last = len(matches.layer) * (layers - 1) // layers  # as many matches in every layer, the last one's at the end
-        image, query, target = matches.image[last:], matches.query[last:], matches.target[last:]
-        right = logits[-1, image, query].argmax(-1) == labels[target]
+        right = logits[-1, last.image, last.query].argmax(-1) == labels[last.target]
         # Without any target the accuracy counts as zero, as published.
         errors = {"class_error": 100 - 100 * right.float().sum() / max(len(right), 1)}
         if self.class_loss == "softmax":

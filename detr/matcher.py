@@ -103,17 +103,16 @@ class HungarianMatcher(nn.Module):
         """[L, B, Q, T] for labels [B, T] and truth [B, T, 4]."""
         if logits.dtype != torch.float64:
             logits, boxes, truth = logits.float(), boxes.float(), truth.float()
+        index = labels[None, :, None, :].expand(len(logits), -1, logits.shape[2], -1)
         if self.class_loss == "softmax":
-            class_cost = -logits.softmax(-1)
+            class_cost = -logits.softmax(-1).gather(-1, index)
         else:
-            p, gamma = logits.sigmoid(), self.focal_gamma
+            p, gamma = logits.gather(-1, index).sigmoid(), self.focal_gamma
             positive = self.focal_alpha * (1 - p) ** gamma * -(p + 1e-8).log()
             negative = (1 - self.focal_alpha) * p**gamma * -(1 - p + 1e-8).log()
             class_cost = positive - negative
-        layers, _, queries = logits.shape[:3]
-        index = labels[None, :, None, :].expand(layers, -1, queries, -1)
-        class_cost = class_cost.gather(-1, index)
-        box_cost = (boxes[..., None, :] - truth[None, :, None]).abs().sum(-1)
+        # One coordinate at a time: no tensor of all pairs is four times as large.
+        box_cost = sum((boxes[..., None, i] - truth[None, :, None, :, i]).abs() for i in range(4))
         giou = generalized_iou(
             cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(truth)[None, :, None]
         )

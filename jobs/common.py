@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 DONE, FAILED, WRONG_USE, GATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+KEEP_BLOCKS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 26)}
 
 
 def job(example: str, takes_input: bool = False) -> Callable:
@@ -88,8 +89,8 @@ def ray_session(settings) -> Iterator[None]:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Workers keep the large blocks a training step frees and asks for again; glibc would give them back to the
     # system each time, and half of a CPU training's time goes into getting them anew.
-    for name, value in (("MMAP_MAX_", 0), ("TRIM_THRESHOLD_", 1 << 34), ("TOP_PAD_", 1 << 26)):
-        os.environ.setdefault(f"MALLOC_{name}", str(value))
+    for name, value in KEEP_BLOCKS.items():
+        os.environ.setdefault(name, value)
     import logging
 
     import ray

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from detr.backbone import fold_norms
 from detr.batch import prepare_images
 from detr.checkpoint import load_checkpoint
 from detr.model import DETR
@@ -18,7 +19,7 @@ from detr.segmentation import DETRsegm
 
 
 class Detector:
-    """Detects on PIL images with a model in evaluation mode.
+    """Detects on PIL images with a copy of a model, made for inference; the model itself is left as it is.
 
     categories: {"id", "name"} in label order; score_threshold: the model's own.
     """
@@ -30,7 +31,7 @@ class Detector:
         self.device = torch.device(device)
         if isinstance(model, DETRsegm):
             model = model.detr  # boxes do not wait for masks
-        self.model = model.eval().to(self.device)
+        self.model = fold_norms(model).to(self.device)
         self.model.backbone.to(memory_format=torch.channels_last)
         self.categories = categories
         self.score_threshold = score_threshold

@@ -275,7 +275,7 @@ def test_dilated_features_are_those_of_torchvisions_dilated_network():
         want = net.layer4(net.layer3(net.layer2(x)))
         found = model.backbone[0](images)[1]
     assert found.shape == (1, 2048, 4, 6)
-    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 * want.max().item())  # the norms are folded
 
 
 @pytest.mark.parametrize(("queries", "position"), [("learned", "sine"), ("learned", "learned"), ("anchors", "sine")])
