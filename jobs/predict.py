@@ -45,13 +45,18 @@ def main(
 
 
 def _show(settings, store: Path, path: Path, model: str | None, output: str | None) -> dict:
+    from detr.checkpoint import CheckpointError
     from detr.draw import draw_detections
     from pipelines.detect import Detector
+    from pipelines.settings import UserError
     from pipelines.workflow import find_model
 
     image = read_image(settings, path)
     checkpoint, name, version = find_model(settings, store, model)
-    detector = Detector.load(checkpoint)
+    try:
+        detector = Detector.load(checkpoint)
+    except CheckpointError as error:
+        raise UserError(f"{error}.") from error
     threshold = settings.predict.score_threshold
     threshold = detector.score_threshold if threshold is None else threshold
     found = detector.detect([image])[0]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,16 @@ def test_explain_has_a_limit_of_pixels_and_reads_images_only(checkpoint, tmp_pat
     bad.write_bytes(b"not an image")
     result = explained(checkpoint, tmp_path, "--dataset", str(bad))
     assert result.exit_code == 1 and "known format" in result.stderr
+
+
+def test_a_damaged_model_is_one_sentence_for_predict_show(checkpoint, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    (damaged / "config.json").write_text("{")
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    result = detr("predict", "--store", str(tmp_path / "store"), "--model", str(damaged), "--show",
+                  str(tmp_path / "photo.png"))  # fmt: skip
+    assert result.exit_code == 1 and "damaged" in sentence(result)
 
 
 def test_the_guides_python_draws_attention_without_ray(checkpoint, tmp_path):
