@@ -60,9 +60,9 @@ def cell_centres(mask: Tensor, height: int, width: int, stride: int) -> Tensor:
     """
     valid = ~mask
     size = torch.stack([valid.any(1).sum(1), valid.any(2).sum(1)], -1).clamp(min=1)  # width and height in pixels
-    x = torch.arange(width, device=mask.device).repeat(height)
-    y = torch.arange(height, device=mask.device).repeat_interleave(width)
-    return (torch.stack([x, y], -1) + 0.5) * stride / size[:, None]
+    x = torch.arange(width, device=mask.device).expand(height, width)
+    y = torch.arange(height, device=mask.device)[:, None].expand(height, width)
+    return (torch.stack([x, y], -1).flatten(0, 1) + 0.5) * stride / size[:, None]
 
 
 def sine_of_points(points: Tensor, dim: int) -> Tensor:

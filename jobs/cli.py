@@ -16,6 +16,7 @@ COMMANDS = {
     "promote": "Make a version champion if it passes the gate.",
     "predict": "Detect on one image, a folder, a bucket prefix or a list.",
     "explain": "Draw where the model looks in one image, and each query over many.",
+    "export": "Write a model as torch.export and ONNX files, checked against the model.",
     "report": "Write the page about the last training.",
 }
 

@@ -1,6 +1,7 @@
 """The commands as a user types them: help, exit codes, one sentence for what is wrong."""
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -151,7 +152,8 @@ def checkpoint(tmp_path_factory):
     from detr.model import DETR
 
     torch.manual_seed(0)
-    config = ModelConfig(preset="tiny", hidden_dim=32, nheads=4, dim_feedforward=64, num_queries=6, num_classes=2)
+    config = ModelConfig(preset="tiny", hidden_dim=32, nheads=4, enc_layers=1, dec_layers=1, dim_feedforward=64,
+                         num_queries=6, num_classes=2)  # fmt: skip
     folder = tmp_path_factory.mktemp("model")
     save_checkpoint(folder, DETR(config), [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}])
     return folder
@@ -239,3 +241,92 @@ def test_the_guides_python_draws_attention_without_ray(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "encoder.png").size == (3 * 488 - 8, 360)
     assert (tmp_path / "decoder.png").is_file()
+
+
+def export_to(folder, checkpoint, *more: str):
+    return detr("export", "--store", str(folder / "store"), "--model", str(checkpoint),
+                "--output", str(folder / "export"), *more)  # fmt: skip
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+    """Tracing takes seconds: the exported file is the model itself here, off by what the test appends."""
+    from detr import export
+
+    models, off = [], [0.0]
+
+    def run(images, mask):
+        found = models[-1](images, mask)
+        return [found[key] + off[-1] for key in export.OUTPUTS]
+
+    monkeypatch.setattr(export, "export", models.append)
+    monkeypatch.setattr(export, "save", lambda program, path: path.write_text("new"))
+    monkeypatch.setattr(export, "load", lambda path: run)
+    return off
+
+
+def test_export_writes_the_file_and_how_far_it_is_off(checkpoint, tmp_path):
+    result = export_to(tmp_path, checkpoint, "--json", "--format", "torch")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "export"
+    assert {p.name for p in folder.iterdir()} == {"model.pt2", "config.json", "export.json"}
+    assert json.loads((folder / "config.json").read_text()) == json.loads((checkpoint / "config.json").read_text())
+    record = json.loads((folder / "export.json").read_text())
+    weights = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    assert record["format"] == 1 and record["weights_sha256"] == weights
+    found = record["differences"]["model.pt2"]
+    assert found["pred_logits"] <= 2e-4 and found["pred_boxes"] <= 2e-5
+    assert {batch for batch, *_ in record["checked_shapes"]} == {1, 3}
+    assert set(record["versions"]) >= {"torch", "onnx", "onnxruntime"}
+
+
+def test_an_export_that_differs_is_refused(checkpoint, tmp_path, untraced):
+    untraced.append(1e-4)
+    result = export_to(tmp_path, checkpoint)
+    assert result.exit_code == 1
+    said = sentence(result)
+    assert "model.pt2" in said and "pred_boxes" in said and "0.0001" in said  # 1e-4 is allowed in the logits
+    differences = json.loads((tmp_path / "export" / "export.json").read_text())["differences"]
+    assert set(differences) == {"model.pt2", "model.onnx"}
+    assert differences["model.pt2"]["pred_boxes"] == pytest.approx(1e-4, rel=1e-2)
+    untraced.append(float("nan"))
+    assert export_to(tmp_path, checkpoint).exit_code == 1
+
+
+@pytest.mark.parametrize(("form", "kept"), [("torch", "model.pt2"), ("onnx", "model.onnx")])
+def test_no_file_of_an_earlier_export_stays(checkpoint, tmp_path, untraced, form, kept):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for name in ("model.pt2", "model.onnx", "export.json", "notes.txt"):
+        (folder / name).write_text("old")
+    assert export_to(tmp_path, checkpoint, "--format", form).exit_code == 0
+    assert {p.name for p in folder.iterdir()} == {kept, "export.json", "config.json", "notes.txt"}
+    assert (folder / kept).read_text() == "new"
+    assert set(json.loads((folder / "export.json").read_text())["differences"]) == {kept}
+
+
+def test_export_says_that_masks_are_left_out(tmp_path, untraced):
+    from detr.checkpoint import save_checkpoint
+    from detr.config import ModelConfig
+    from detr.segmentation import build_model
+
+    config = ModelConfig(backbone="small", norm="batch", hidden_dim=128, enc_layers=0, dec_layers=1,
+                         dim_feedforward=16, num_queries=4, num_classes=1, masks=True)  # fmt: skip
+    save_checkpoint(tmp_path / "masks", build_model(config), [{"id": 1, "name": "thing"}])
+    result = export_to(tmp_path, tmp_path / "masks", "--format", "torch")
+    assert result.exit_code == 0, result.output
+    assert "masks are not exported" in result.stdout.splitlines()[-1]
+    assert json.loads((tmp_path / "export" / "export.json").read_text())["outputs"] == ["pred_logits", "pred_boxes"]
+
+
+def test_export_into_a_file_or_without_a_model(checkpoint, tmp_path):
+    assert export_to(tmp_path, tmp_path / "nowhere").exit_code == 2
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    (damaged / "config.json").write_text("{")
+    result = export_to(tmp_path, damaged)
+    assert result.exit_code == 1 and "is damaged" in sentence(result)
+    (tmp_path / "export").write_text("")
+    result = export_to(tmp_path, checkpoint)
+    assert result.exit_code == 2 and "is a file" in sentence(result)
