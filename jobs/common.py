@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def job(example: str, takes_input: bool = False) -> Callable:
                     values = settings.model_dump(mode="json")
                     click.echo(json.dumps(values) if as_json else yaml.safe_dump(values, sort_keys=False).rstrip())
                     return
-                result = work(settings, Path(store), **own)
+                with redirect_stdout(sys.stderr):  # stdout is the result's alone; Ray prints there, too
+                    result = work(settings, Path(store), **own)
             except UserError as error:
                 _fail(str(error), error.exit_code, as_json)
             except KeyboardInterrupt:
@@ -86,6 +87,8 @@ def ray_session(settings) -> Iterator[None]:
     """Ray for the time of a command: started here, or the cluster of `cluster.address`."""
     # Quiet: the stages say themselves what happens.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # More workers than cores are meant here, which Ray warns of every few seconds.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "maximum expected startup concurrency")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Workers keep the large blocks a training step frees and asks for again; glibc would give them back to the
     # system each time, and half of a CPU training's time goes into getting them anew.

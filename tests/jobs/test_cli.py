@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from jobs.cli import COMMANDS, main
+from jobs.common import job
 
 HEAVY = ("torch", "ray", "mlflow", "sklearn", "pyarrow", "pandas", "matplotlib", "dbos", "pydantic")
 
@@ -217,6 +218,18 @@ def test_explain_has_a_limit_of_pixels_and_reads_images_only(checkpoint, tmp_pat
     bad.write_bytes(b"not an image")
     result = explained(checkpoint, tmp_path, "--dataset", str(bad))
     assert result.exit_code == 1 and "known format" in result.stderr
+
+
+def test_what_others_print_does_not_get_into_the_result(tmp_path):
+    @job("noisy")
+    def noisy(settings, store):
+        """Prints beside its result, as Ray does now and then."""
+        print("a warning of the raylet")
+        return {"answer": 42}
+
+    result = CliRunner().invoke(noisy, ["--json", "--store", str(tmp_path)])
+    assert json.loads(result.stdout) == {"exit_code": 0, "answer": 42}
+    assert "a warning of the raylet" in result.stderr
 
 
 def test_a_damaged_model_is_one_sentence_for_predict_show(checkpoint, tmp_path):
