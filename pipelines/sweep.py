@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.progress import console, progress
+from pipelines.progress import console
 from pipelines.settings import RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, write_json
 from pipelines.tracking import Tracker
@@ -56,34 +56,29 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
         found = train(mine, dataset_folder, place, tracker, f"{name}-{key}", tags)
         tune.report({key: found[key] for key in ("AP", "AP50", "steps", "images_per_second", "run_id")})
 
+    class Follower(tune.Callback):
+        """Says how a trial ended as soon as it did. (Tune pickles it, so it holds no bar.)"""
+
+        ended = 0
+
+        def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
+            self.ended += 1
+            _say_ended(self.ended, len(combinations), trial, present)
+
+        def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
+            self.on_trial_complete(iteration, trials, trial)
+
     combinations = _combinations(options.space, present, options.trials, settings.seed)
     console.print(f"Sweep of {len(combinations)} trials, {options.budget} each.")
     status = "FAILED"
     try:
-        with progress() as bar:
-            task = bar.add_task("sweep", total=len(combinations), note="")
-
-            class Follower(tune.Callback):
-                """Says how a trial ended as soon as it did."""
-
-                def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
-                    changes = _changes(trial.config["values"], present)
-                    console.print(f"  AP {trial.last_result['AP']:.4f}: {_in_words(changes)}")
-                    bar.advance(task)
-
-                def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
-                    console.print(f"  failed: {_in_words(_changes(trial.config['values'], present))}")
-                    bar.advance(task)
-
-            tuner = tune.Tuner(
-                tune.with_resources(trial, {"CPU": 0.1}),  # its worker asks for its own
-                param_space={"values": tune.grid_search(combinations)},
-                tune_config=tune.TuneConfig(metric="AP", mode="max", max_concurrent_trials=options.max_concurrent),
-                run_config=tune.RunConfig(
-                    name="tune", storage_path=str(folder / "ray"), verbose=0, callbacks=[Follower()]
-                ),
-            )
-            rows = [_row(result, present) for result in tuner.fit()]
+        tuner = tune.Tuner(
+            tune.with_resources(trial, {"CPU": 0.1}),  # its worker asks for its own
+            param_space={"values": tune.grid_search(combinations)},
+            tune_config=tune.TuneConfig(metric="AP", mode="max", max_concurrent_trials=options.max_concurrent),
+            run_config=tune.RunConfig(name="tune", storage_path=str(folder / "ray"), verbose=0, callbacks=[Follower()]),
+        )
+        rows = [_row(result, present) for result in tuner.fit()]
         ended = [row for row in rows if row["AP"] is not None]
         if not ended:
             raise UserError(f"No trial of the sweep ended; the first says: {rows[0]['error']}")
@@ -142,6 +137,12 @@ def _row(result, present: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(metrics.get("time_total_s", 0.0), 1),
         "error": None if error is None else str(error).strip().splitlines()[-1],
     }
+
+
+def _say_ended(number: int, of: int, trial, present: dict[str, Any]) -> None:
+    found, changes = trial.last_result or {}, _changes(trial.config["values"], present)
+    how = f"AP {found['AP']:.4f} after {found['time_total_s']:.0f} s" if "AP" in found else "failed"
+    console.print(f"  trial {number} of {of}, {how}: {_in_words(changes)}")
 
 
 def _changes(values: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
