@@ -79,7 +79,7 @@ class DETR(nn.Module):
         else:
             pos = encoding(small).to(src.dtype).flatten(2).transpose(1, 2)
         key_mask = ~small.flatten(1)[:, None, None, :]
-        memory = self.transformer.encode(src.flatten(2).transpose(1, 2), pos, key_mask)
+        memory = self.transformer.encoder(src.flatten(2).transpose(1, 2), pos, key_mask)
         if anchors:
             fused = self._fuse(memory.transpose(1, 2).unflatten(2, coarse.shape[-2:]), fine)
             centres = cell_centres(mask, *fine.shape[-2:], body.fine_stride)

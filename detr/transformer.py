@@ -122,13 +122,9 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def encode(self, src: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor:
-        """src and pos [B, N, D] -> memory [B, N, D]."""
-        return self.encoder(src, pos, mask)
-
     def forward(self, src: Tensor, pos: Tensor, mask: Tensor | None, query_embed: Tensor) -> Tensor:
         """src and pos [B, N, D], query_embed [Q, D] -> [L, B, Q, D]."""
-        return self.decode(self.encode(src, pos, mask), pos, mask, query_embed)
+        return self.decode(self.encoder(src, pos, mask), pos, mask, query_embed)
 
     def decode(self, memory: Tensor, pos: Tensor, mask: Tensor | None, query_embed: Tensor) -> Tensor:
         """memory and pos [B, N, D], query_embed [Q, D] -> [L, B, Q, D]."""

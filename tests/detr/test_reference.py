@@ -137,7 +137,7 @@ def test_intermediate_features():
         pos = model.backbone[1](mask).flatten(2).transpose(1, 2)
         src = model.input_proj(feature).flatten(2).transpose(1, 2)
         key_mask = ~mask.flatten(1)[:, None, None, :]
-        memory = model.transformer.encode(src, pos, key_mask)
+        memory = model.transformer.encoder(src, pos, key_mask)
         hs = model.transformer(src, pos, key_mask, model.query_embed.weight)
     torch.testing.assert_close(feature, stored["feature"], rtol=0, atol=2e-4)
     torch.testing.assert_close(pos, stored["pos"].flatten(2).transpose(1, 2), rtol=0, atol=1e-5)
