@@ -12,7 +12,7 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """GIoU (Rezatofighi et al. 2019) of corner boxes a [..., 4] and b [..., 4], broadcast: [...].
+    """GIoU (Rezatofighi et al. 2019) of corner boxes a [..., 4] and b [..., 4] (x0 <= x1, y0 <= y1), broadcast: [...].
 
     Pairs: a [N, 4], b [N, 4] -> [N]. All with all: a[:, None], b[None] -> [N, M].
     Boxes without any extent give NaN, as in the published code; nothing is checked on the device.
@@ -23,7 +23,7 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     intersection = width.clamp(min=0) * height.clamp(min=0)
     union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - intersection
     width, height = torch.max(ax1, bx1) - torch.min(ax0, bx0), torch.max(ay1, by1) - torch.min(ay0, by0)
-    hull = width.clamp(min=0) * height.clamp(min=0)
+    hull = width * height
     return intersection / union - (hull - union) / hull
 
 

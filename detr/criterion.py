@@ -54,10 +54,12 @@ class SetCriterion(nn.Module):
         logits, boxes = (_at_least_float32(x) for x in all_layers(outputs))
         labels = torch.cat([t["labels"] for t in targets])
         truth = torch.cat([t["boxes"] for t in targets]).to(boxes.dtype)
-        matches = self.matcher.match(logits, boxes, targets, outputs.get("pred_masks"))
+        log_softmax = logits.log_softmax(-1) if self.class_loss == "softmax" else None
+        matches = self.matcher.match(logits, boxes, targets, outputs.get("pred_masks"), log_softmax)
         num_boxes = self._mean_over_workers(logits.new_tensor(len(labels), dtype=torch.float32)).clamp(min=1)
 
-        losses = self._losses(logits, boxes, labels, truth, matches, num_boxes, "")
+        scores = logits if log_softmax is None else log_softmax
+        losses = self._losses(scores, boxes, labels, truth, matches, num_boxes, "")
         pairs = len(matches.layer) // len(logits)  # every layer has as many, the last layer's come last
         last = Matches(*(x[len(x) - pairs :] for x in vars(matches).values()))
         with torch.no_grad():
@@ -69,33 +71,35 @@ class SetCriterion(nn.Module):
             layers = dn["pred_logits"].shape[0]
             repeat = torch.arange(layers, device=labels.device).repeat_interleave(len(denoising.image))
             given = Matches(repeat, *(x.repeat(layers) for x in (denoising.image, denoising.query, denoising.target)))
+            scores = _at_least_float32(dn["pred_logits"])
             losses |= self._losses(
-                _at_least_float32(dn["pred_logits"]), _at_least_float32(dn["pred_boxes"]), labels, truth, given,
-                num_boxes * denoising.groups, "_dn",
+                scores.log_softmax(-1) if self.class_loss == "softmax" else scores,
+                _at_least_float32(dn["pred_boxes"]), labels, truth, given, num_boxes * denoising.groups, "_dn",
             )  # fmt: skip
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum that is minimised; every layer and the denoising part weigh the same."""
-        return sum(
-            value * self.loss_weights["_".join(name.split("_")[:2])]
-            for name, value in losses.items()
-            if name.startswith("loss_")
-        )
+        names = [name for name in losses if name.startswith("loss_")]
+        values = torch.stack([losses[name] for name in names])
+        return values @ values.new_tensor([self.loss_weights["_".join(name.split("_")[:2])] for name in names])
 
     def _losses(
-        self, logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor, matches: Matches,
+        self, scores: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor, matches: Matches,
         num_boxes: Tensor, suffix: str,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """logits [L, B, Q, C], boxes [L, B, Q, 4] -> the three losses of every layer."""
-        layers = logits.shape[0]
+        """boxes [L, B, Q, 4], scores [L, B, Q, C] -> the three losses of every layer.
+
+        scores: the classes' log-probabilities, or logits with a sigmoid.
+        """
+        layers = scores.shape[0]
         at = (matches.layer, matches.image, matches.query)
         if self.class_loss == "softmax":
-            ce = self._softmax_loss(logits, labels, matches)
+            ce = self._softmax_loss(scores, labels, matches)
         else:
-            onehot = torch.zeros_like(logits)
+            onehot = torch.zeros_like(scores)
             onehot[(*at, labels[matches.target])] = 1
-            focal = sigmoid_focal_loss(logits, onehot, self.config.focal_alpha, self.config.focal_gamma)
+            focal = sigmoid_focal_loss(scores, onehot, self.config.focal_alpha, self.config.focal_gamma)
             ce = focal.flatten(1).sum(1) / num_boxes
 
         predicted, target = boxes[at], truth[matches.target]
@@ -108,13 +112,13 @@ class SetCriterion(nn.Module):
                 losses[f"{name}{suffix}" if i == layers - 1 else f"{name}{suffix}_{i}"] = value
         return losses
 
-    def _softmax_loss(self, logits: Tensor, labels: Tensor, matches: Matches) -> Tensor:
+    def _softmax_loss(self, log_softmax: Tensor, labels: Tensor, matches: Matches) -> Tensor:
         """Cross entropy over all queries, weighted by class, mean per layer: [L]."""
-        layers = logits.shape[0]
-        classes = labels.new_full(logits.shape[:3], self.num_classes)
+        layers = log_softmax.shape[0]
+        classes = labels.new_full(log_softmax.shape[:3], self.num_classes)
         classes[matches.layer, matches.image, matches.query] = labels[matches.target]
-        weight = self.empty_weight.to(logits.dtype)
-        ce = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
+        weight = self.empty_weight.to(log_softmax.dtype)
+        ce = F.nll_loss(log_softmax.flatten(0, 2), classes.flatten(), weight, reduction="none")
         norm = weight[classes].view(layers, -1).sum(1)
         if self.config.class_norm == "window":
             norm = self._mean_over_workers(norm)
@@ -129,7 +133,7 @@ class SetCriterion(nn.Module):
         # Without any target the accuracy counts as zero, as published.
         errors = {"class_error": 100 - 100 * right.float().sum() / max(len(right), 1)}
         if self.class_loss == "softmax":
-            found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(2)
+            found = (logits[..., :-1].amax(-1) >= logits[..., -1]).sum(2)  # of equals the first class wins
         else:
             found = (logits.sigmoid().amax(-1) > 0.5).sum(2)
         counts = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)

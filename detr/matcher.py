@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -60,65 +61,74 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def match(
-        self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], masks: Tensor | None = None
-    ) -> Matches:
+        self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], masks: Tensor | None = None,
+        log_softmax: Tensor | None = None,
+    ) -> Matches:  # fmt: skip
         """logits [L, B, Q, C], boxes [L, B, Q, 4] and B targets -> Matches.
 
         Costs are computed for each image with its own targets, padded to the longest, and go to the host
-        in one copy. Raises NonFiniteOutputs when a cost is not finite, or a value of `masks` [B, Q, h, w], which
-        have no other part in the matching.
+        in one copy. log_softmax: that of the logits, where it has been computed already. Raises NonFiniteOutputs
+        when a cost is not finite, or a value of `masks` [B, Q, h, w], which have no other part in the matching.
         """
         layers, batch, queries = logits.shape[:3]
         counts = [len(t["labels"]) for t in targets]
         longest = max(counts, default=0)
         if longest == 0:
-            cost = logits.new_zeros(layers, batch, queries, 0, dtype=torch.float32)
+            cost = logits.new_zeros(layers, batch, 0, queries, dtype=torch.float32)
         else:
             labels = nn.utils.rnn.pad_sequence([t["labels"] for t in targets], batch_first=True)
             truth = nn.utils.rnn.pad_sequence([t["boxes"] for t in targets], batch_first=True, padding_value=0.5)
-            cost = self._cost(logits, boxes, labels, truth)
-        # Outputs of an image without targets are looked at, too: NaN times zero is NaN, infinity as well.
-        probe = (logits.detach().float() * 0).sum((2, 3)) + (boxes.detach().float() * 0).sum((2, 3))
+            if self.class_loss == "softmax" and log_softmax is None:
+                log_softmax = _at_least_float32(logits).log_softmax(-1)
+            cost = self._cost(logits if log_softmax is None else log_softmax, boxes, labels, truth)
+        # Outputs of an image without targets are looked at, too. A sum is finite when its terms are, since costs and
+        # outputs are far too small to overflow.
+        probe = sum(x.sum((2, 3), dtype=torch.float32) for x in (logits, boxes))
         if masks is not None:
-            probe = probe + masks.detach().float().sum((1, 2, 3)) * 0
+            probe = probe + masks.sum((1, 2, 3), dtype=torch.float32)
         host = torch.cat([cost.flatten(2), probe[..., None].to(cost.dtype)], -1).cpu().numpy()
-        cost_host, probe_host = host[..., :-1].reshape(layers, batch, queries, longest), host[..., -1]
-        bad = [i for i in range(batch) if not _finite(probe_host[:, i]) or not _finite(cost_host[:, i, :, : counts[i]])]
-        if bad:
-            raise NonFiniteOutputs(bad)
+        finite = np.isfinite(host.sum((0, 2), dtype=np.float64))
+        if not finite.all():
+            raise NonFiniteOutputs(np.flatnonzero(~finite).tolist())
 
-        rows: list[list[int]] = [[], [], [], []]
-        for layer in range(layers):
+        cost_host = host[..., :-1].reshape(layers, batch, longest, queries)
+        found = []
+        for of_layer in cost_host:
             first = 0
-            for i, count in enumerate(counts):
-                query, target = linear_sum_assignment(cost_host[layer, i, :, :count])
-                rows[0] += [layer] * len(query)
-                rows[1] += [i] * len(query)
-                rows[2] += query.tolist()
-                rows[3] += (target + first).tolist()
+            for of_image, count in zip(of_layer, counts, strict=True):
+                query, target = linear_sum_assignment(of_image[:count].T)
+                found.append((query, target + first))
                 first += count
-        return Matches(*torch.tensor(rows, dtype=torch.int64).to(logits.device))
+        images = np.repeat(np.arange(batch), [min(count, queries) for count in counts])
+        rows = [np.repeat(np.arange(layers), len(images)), np.tile(images, layers)]
+        rows += [np.concatenate(column) for column in zip(*found, strict=True)]
+        return Matches(*torch.from_numpy(np.stack(rows)).to(logits.device))
 
-    def _cost(self, logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
-        """[L, B, Q, T] for labels [B, T] and truth [B, T, 4]."""
-        if logits.dtype != torch.float64:
-            logits, boxes, truth = logits.float(), boxes.float(), truth.float()
-        index = labels[None, :, None, :].expand(len(logits), -1, logits.shape[2], -1)
+    def _cost(self, scores: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
+        """[L, B, T, Q] for the classes' log-probabilities (or logits, with a sigmoid), labels [B, T], truth [B, T, 4].
+
+        Queries come last, for every step to run over long stretches of memory.
+        """
+        boxes, truth = _at_least_float32(boxes), truth.to(torch.promote_types(boxes.dtype, torch.float32))
+        index = labels[None, :, None, :].expand(len(scores), -1, scores.shape[2], -1)
+        found = _at_least_float32(scores.gather(-1, index)).mT.contiguous()
         if self.class_loss == "softmax":
-            class_cost = -logits.softmax(-1).gather(-1, index)
+            class_cost = found.exp_().neg_()
         else:
-            p, gamma = logits.gather(-1, index).sigmoid(), self.focal_gamma
+            p, gamma = found.sigmoid(), self.focal_gamma
             positive = self.focal_alpha * (1 - p) ** gamma * -(p + 1e-8).log()
             negative = (1 - self.focal_alpha) * p**gamma * -(1 - p + 1e-8).log()
             class_cost = positive - negative
-        # One coordinate at a time: no tensor of all pairs is four times as large.
-        box_cost = sum((boxes[..., None, i] - truth[None, :, None, :, i]).abs() for i in range(4))
-        giou = generalized_iou(
-            cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(truth)[None, :, None]
-        )
-        return self.cost_bbox * box_cost + self.cost_class * class_cost - self.cost_giou * giou
+        box_cost = torch.cdist(truth, boxes, p=1)
+        giou = generalized_iou(_by_coordinate(cxcywh_to_xyxy(boxes)[:, :, None]), cxcywh_to_xyxy(truth)[:, :, None])
+        cost = class_cost.mul_(self.cost_class)
+        return cost.add_(box_cost, alpha=self.cost_bbox).sub_(giou, alpha=self.cost_giou)
 
 
-def _finite(values) -> bool:
-    # A sum is finite when its terms are; costs are far too small to overflow.
-    return bool(abs(values.sum(dtype="float64")) < float("inf"))
+def _by_coordinate(boxes: Tensor) -> Tensor:
+    """The same boxes [..., 4], each coordinate in contiguous memory."""
+    return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
