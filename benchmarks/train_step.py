@@ -146,7 +146,7 @@ def measure(
     synchronize(device)
     first = time.perf_counter() - start
     seconds = time_calls(lambda: step(images, mask, targets), repeats, device, warmup=1)
-    copies = 0
+    copies = None
     if kind != "ours compiled":  # the counter would have it compiled anew
         step.steps = LOG_EVERY - 1  # the step that logs
         copies = count_host_copies(lambda: step(images, mask, targets), device)
