@@ -246,9 +246,11 @@ def init_from(model: DETR | DETRsegm, path: Path | str, class_names: list[str]) 
     row always; a head trained with the other class loss is not taken. Of the queries the first are taken; of
     anchors, which stand on a grid, evenly many from everywhere. All else keeps its initialisation.
 
-    Raises CheckpointError when the checkpoint cannot be read, or nothing in it fits.
+    Said as well: settings that differ and that no weight's shape shows. Raises CheckpointError when the checkpoint
+    cannot be read, or nothing in it fits.
     """
-    state, names, class_loss = _read_source(Path(path))
+    state, names, source = _read_source(Path(path))
+    class_loss = source.class_loss
     own = {k.removeprefix("detr."): v for k, v in model.state_dict().items()}
     whole = (..., ...)
     taken = {k: whole for k, v in own.items() if k in state and state[k].shape == v.shape}  # rows: own, the source's
@@ -280,28 +282,33 @@ def init_from(model: DETR | DETRsegm, path: Path | str, class_names: list[str]) 
 
     if not taken:
         raise CheckpointError(f"nothing in {path} fits this model")
-    for key, (to, source) in taken.items():
-        own[key][to] = state[key][source].to(own[key].dtype)
+    for key, (to, rows) in taken.items():
+        own[key][to] = state[key][rows].to(own[key].dtype)
     left = sorted(k for k in own.keys() - taken.keys() if not _is_counter(k))
     unused = sorted(state.keys() - taken.keys())
     said.insert(0, f"{len(taken)} of {len(own)} weights")
     said += [f"initialised anew {_shortened(left)} ({len(left)} in all)"] if left else []
     said += [f"not used {_shortened(unused)} ({len(unused)} in all)"] if unused else []
+    for key in ("nheads", "pre_norm"):  # what no weight's shape shows
+        here, there = getattr(model.config, key), getattr(source, key)
+        if here != there:
+            said.append(f"careful, they were trained with model.{key}={there}, and here it is {here}")
     return f"started from {path}: {'; '.join(said)}"
 
 
-def _read_source(path: Path) -> tuple[dict[str, Tensor], list[str | None] | None, str]:
-    """Weights to start from, the names of their labels where they are known, and the class loss they are for."""
+def _read_source(path: Path) -> tuple[dict[str, Tensor], list[str | None] | None, ModelConfig]:
+    """Weights to start from, the names of their labels where they are known, and the model they are of."""
     if path.is_dir():
         config, settings, state = _read_folder(path)
-        names, class_loss = [category["name"] for category in config["categories"]], settings.class_loss
+        names = [category["name"] for category in config["categories"]]
     else:
-        state, names, class_loss = read_weights(path), None, "softmax"
+        state, names, settings = read_weights(path), None, None
     state = {k.removeprefix("detr."): v for k, v in state.items()}
     if names is None and len(state.get("class_embed.bias", ())) in (92, 251):
         # Both official label spaces, of boxes and of panoptic segmentation, begin with COCO's ids.
         names = [COCO_NAMES.get(i) for i in range(len(state["class_embed.bias"]) - 1)]
-    return state, names, class_loss
+    # A file is an official one: but for what its weights show, as published.
+    return state, names, settings or ModelConfig(pre_norm="transformer.encoder.norm.weight" in state)
 
 
 def _of_like_rows(own: dict[str, Tensor], state: dict[str, Tensor], names: tuple[str, ...]) -> list[str]:

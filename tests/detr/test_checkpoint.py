@@ -251,6 +251,16 @@ def test_official_weights_go_to_classes_by_their_names(tmp_path):
     assert "2 of 3 classes by name; new classes zebra crossing" in said and "not used mask_head.lay1.bias (1" in said
 
 
+def test_settings_that_no_shape_shows_are_spoken_of(tmp_path):
+    save_checkpoint(tmp_path, make_model(1, changed(**SOFTMAX)), CATEGORIES)
+    names = [category["name"] for category in CATEGORIES]
+    assert "careful" not in init_from(make_model(2, changed(**SOFTMAX)), tmp_path, names)
+    other = make_model(2, changed(**SOFTMAX, nheads=2, pre_norm=True))
+    said = init_from(other, tmp_path, names)
+    assert "trained with model.nheads=4, and here it is 2" in said
+    assert "trained with model.pre_norm=False, and here it is True" in said
+
+
 def test_a_head_of_nameless_classes_is_taken_when_it_fits(tmp_path):
     donor = make_model(1, changed(**SOFTMAX))
     torch.save(donor.state_dict(), tmp_path / "own.pth")
