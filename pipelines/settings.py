@@ -110,6 +110,9 @@ class TrainSettings(Settings):
     num_workers: int = Field(1, gt=0, description="Ray Train workers")
     use_gpu: bool | None = Field(None, description="by default, whether the cluster has GPUs")
     precision: Literal["float32", "bfloat16"] = "float32"
+    optimizer: Literal["adamw", "muon"] = Field(
+        "muon", description="adamw: as published; muon: for the matrices inside the network, adamw for the rest"
+    )
     lr: float = Field(8e-4, gt=0)
     lr_backbone: float = Field(8e-4, ge=0)
     weight_decay: float = Field(1e-4, ge=0)

@@ -28,6 +28,7 @@ from detr.checkpoint import CheckpointError, init_from, load_backbone, save_chec
 from detr.criterion import SetCriterion
 from detr.matcher import NonFiniteOutputs
 from detr.model import DETR, count_parameters
+from detr.optimizer import MuonAdamW, build_optimizer
 from detr.queries import make_denoising_queries
 from pipelines.detect import Detector
 from pipelines.evaluate import coco_metrics, coco_truth, detect_rows, detections_to_coco
@@ -153,9 +154,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     model.backbone.to(memory_format=torch.channels_last)
     criterion = SetCriterion(settings.model, settings.loss).to(device)
     ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-    groups = model.parameter_groups(options.lr, options.lr_backbone)
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
-    base_rates = [group["lr"] for group in groups]
+    optimizer = build_optimizer(model, options.optimizer, options.lr, options.lr_backbone, options.weight_decay)
+    base_rates = [group["lr"] for group in optimizer.param_groups]
     net: torch.nn.Module = model
     if workers > 1:
         net = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -217,8 +217,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_step(
-    net: torch.nn.Module, criterion: SetCriterion, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
-    step: int, settings: RunSettings, rank: int,
+    net: torch.nn.Module, criterion: SetCriterion, optimizer: torch.optim.AdamW | MuonAdamW,
+    batch: dict[str, Tensor], step: int, settings: RunSettings, rank: int,
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
     """One optimiser step -> (losses, gradient norm), left on the device."""
     options, model = settings.train, settings.model
@@ -245,10 +245,10 @@ def _train_step(
             f"checkpoint is kept. Lower train.lr (it is {options.lr:g}) or train.clip_max_norm and start again."
         ) from error
     total = criterion.total(losses)
-    optimizer.zero_grad(set_to_none=True)
+    net.zero_grad(set_to_none=True)
     total.backward()
     limit = options.clip_max_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], limit)
+    norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], limit)
     optimizer.step()
     return {**losses, "loss": total.detach()}, norm
 
@@ -385,7 +385,7 @@ def update_average(ema: torch.optim.swa_utils.AveragedModel, model: torch.nn.Mod
 
 
 def _report(
-    rank: int, model: DETR, ema: torch.optim.swa_utils.AveragedModel, optimizer: torch.optim.Optimizer,
+    rank: int, model: DETR, ema: torch.optim.swa_utils.AveragedModel, optimizer: torch.optim.AdamW | MuonAdamW,
     state: dict[str, Any], metrics: dict[str, Any], dataset: dict[str, Any], settings: RunSettings,
 ) -> None:  # fmt: skip
     """Hand Ray Train the metrics and, from the first worker, a checkpoint: state to go on with, and the model."""
