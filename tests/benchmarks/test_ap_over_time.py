@@ -105,6 +105,23 @@ def test_faster_rcnn_trains_all_its_weights_on_images_of_the_size_of_ours(datase
     assert found[0]["boxes"].shape == (len(found[0]["labels"]), 4) and found[0]["labels"].min() >= 0
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize(("side", "factors"), [("ours, tiny", [0.51, 0.02]), (learning.PUBLISHED, [1.0, 0.1])])
+def test_our_schedules_follow_the_share_of_the_time_and_the_average_is_what_is_judged(dataset, side, factors):
+    categories = read_json(dataset / "dataset.json")["categories"]
+    settings = learning.make_settings(side, ("tiny",), True, 0)
+    small = ModelConfig.model_validate({"preset": "tiny", "num_classes": len(categories)})
+    learner = learning.OurLearner(settings.model_copy(update={"model": small}), categories, CPU)
+    batch = open_feed(dataset, "train", small, settings.train.augment, 10**6, 2, 0).batch(0)
+    rates = []
+    for step, share in ((1000, 0.5), (5000, 1.0)):
+        learner.step(batch, step, share)
+        rates.append(learner.optimizer.param_groups[0]["lr"] / settings.train.lr)
+    assert rates == pytest.approx(factors)
+    trained, judged = (model.class_embed.bias for model in (learner.model, learner.detector().model))
+    assert torch.equal(trained, judged) == (side == learning.PUBLISHED)  # which has no average
+
+
 def test_the_sides_see_the_same_images_and_keep_their_recipes():
     for built_in in (True, False):
         published, ours, other = (learning.make_settings(side, ("tiny",), built_in, 7) for side in SIDES)
