@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ def shared_options(function: Callable) -> Callable:
     for option in reversed([
         click.option("--rounds", default=5, show_default=True, help="Every side once per round, in a fresh process."),
         click.option("--repeats", default=5, show_default=True, help="Timed calls per process; their median counts."),
+        process_options,
+    ]):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def process_options(function: Callable) -> Callable:
+    for option in reversed([
         click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
         click.option("--threads", type=int, help="PyTorch's threads; its own choice by default."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON."),
@@ -60,19 +68,12 @@ def run_rounds(sides: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]
     other with the system's own. What a side saved in the first round is compared with what REFERENCE did.
     """
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    own = {key: value for key, value in os.environ.items() if key not in KEEP_BLOCKS}
     with tempfile.TemporaryDirectory() as place:
         for number in range(rounds):
             for side in sides if number % 2 == 0 else sides[::-1]:
                 click.echo(f"round {number + 1} of {rounds}: {side}", err=True)
                 folder = Path(place) / str(number) / side
-                folder.mkdir(parents=True)
-                subprocess.run(
-                    [sys.executable, *sys.argv, "--side", side, "--folder", str(folder)],
-                    env=own | KEEP_BLOCKS if side.endswith("blocks kept") else own, check=True, stdout=sys.stderr,
-                )  # fmt: skip
-                result = json.loads((folder / "result.json").read_text())
-                results[side].append(result)
+                results[side].append(run_side(side, folder, side.endswith("blocks kept")))
             if number == 0:
                 files = {side: Path(place) / "0" / side / "saved.safetensors" for side in sides}
                 for side, file in files.items():
@@ -80,6 +81,20 @@ def run_rounds(sides: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]
                 for file in files.values():
                     file.unlink()
     return results
+
+
+def run_side(side: str, folder: Path, keep_blocks: bool, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """This script again as `--side NAME` in a fresh process, and whatever other arguments -> its result.
+
+    keep_blocks: with the allocator's settings that jobs/common.py gives to workers, else with the system's own.
+    """
+    own = {key: value for key, value in os.environ.items() if key not in KEEP_BLOCKS}
+    folder.mkdir(parents=True)
+    subprocess.run(
+        [sys.executable, *sys.argv, *arguments, "--side", side, "--folder", str(folder)],
+        env=own | KEEP_BLOCKS if keep_blocks else own, check=True, stdout=sys.stderr,
+    )  # fmt: skip
+    return json.loads((folder / "result.json").read_text())
 
 
 def write_result(folder: Path, result: dict[str, Any], saved: dict[str, Tensor] | None) -> None:

@@ -147,14 +147,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     torch.set_float32_matmul_precision("high")
 
-    torch.manual_seed(settings.seed)
-    model = DETR(settings.model)
-    messages = load_initial_weights(model, options, [c["name"] for c in dataset["categories"]])
-    model.to(device)
-    model.backbone.to(memory_format=torch.channels_last)
-    criterion = SetCriterion(settings.model, settings.loss).to(device)
-    ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-    optimizer = build_optimizer(model, options.optimizer, options.lr, options.lr_backbone, options.weight_decay)
+    model, ema, criterion, optimizer, messages = set_up(settings, [c["name"] for c in dataset["categories"]], device)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     net: torch.nn.Module = model
     if workers > 1:
@@ -198,7 +191,9 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
             if budget.is_validation(step):
                 metrics = {"AP": 0.0, "AP50": 0.0}
                 if rank == 0:
-                    metrics = validate(ema.module, dataset, dataset_folder, settings, device)
+                    size = settings.evaluate.batch_size
+                    detector = Detector(ema.module, dataset["categories"], batch_size=size, device=device)
+                    metrics = validate(detector, dataset, dataset_folder, settings)
                     log.validation(step, metrics)
                     if metrics["AP"] >= state["best_AP"]:
                         state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
@@ -214,6 +209,25 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         "images_per_second": log.images_per_second(),
         "parameters": count_parameters(model)[0],
     }
+
+
+def set_up(
+    settings: RunSettings, class_names: list[str], device: torch.device
+) -> tuple[DETR, torch.optim.swa_utils.AveragedModel, SetCriterion, torch.optim.AdamW | MuonAdamW, list[str]]:
+    """The model at its start, its moving average, its criterion, its optimiser, and what weights were taken.
+
+    Raises UserError as `load_initial_weights`.
+    """
+    options = settings.train
+    torch.manual_seed(settings.seed)
+    model = DETR(settings.model)
+    messages = load_initial_weights(model, options, class_names)
+    model.to(device)
+    model.backbone.to(memory_format=torch.channels_last)
+    criterion = SetCriterion(settings.model, settings.loss).to(device)
+    ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    optimizer = build_optimizer(model, options.optimizer, options.lr, options.lr_backbone, options.weight_decay)
+    return model, ema, criterion, optimizer, messages
 
 
 def _train_step(
@@ -255,10 +269,9 @@ def _train_step(
 
 @torch.inference_mode()
 def validate(
-    model: DETR, dataset: dict[str, Any], dataset_folder: Path, settings: RunSettings, device: torch.device
+    detector: Detector, dataset: dict[str, Any], dataset_folder: Path, settings: RunSettings
 ) -> dict[str, Any]:
-    """COCO metrics of a model on the split "val", every image once."""
-    detector = Detector(model, dataset["categories"], batch_size=settings.evaluate.batch_size, device=device)
+    """COCO metrics of a detector on the split "val", every image once."""
     tables = []
     for shard in split_shards(dataset_folder, "val"):  # one at a time: the images need not fit in memory together
         images = pq.read_table(shard, columns=["image_id", "file_name", "image"])
