@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -31,6 +32,7 @@ MIN_IMAGES_FROM_SCRATCH = 10_000
 SMALL_SHARE = 0.1  # fewer small boxes than one in ten cost less than what enlarging the images costs
 QUERIES_STEP = 10  # a number of queries is suggested in tens
 SHOWN = 5  # examples in a table; a finding has them all
+CHANGE_WIDTH = 30  # characters of a table's line that says what to change
 
 COLUMNS = ["file_name", "width", "height", "boxes", "labels", "thumbnail"]
 
@@ -73,11 +75,11 @@ def look_at_data(dataset_folder: Path | str, settings: RunSettings) -> list[Find
 def findings_table(findings: Sequence[Finding]) -> Table:
     """The findings for a terminal."""
     table = Table(title="What in the data will hurt", title_justify="left", show_lines=True)
-    longest = max((len(setting) for finding in findings for setting in finding.settings), default=0)
-    for heading, width in (("what", 0), ("which", 0), ("what to change", longest)):
-        table.add_column(heading, overflow="fold", min_width=width)
+    table.add_column("what", overflow="fold")
+    table.add_column("which", overflow="fold")
+    table.add_column("what to change", no_wrap=True)  # a setting is copied: it stays in one line
     for finding in findings:
-        change = "\n".join([finding.change, *finding.settings])
+        change = "\n".join([*textwrap.wrap(finding.change, CHANGE_WIDTH), *finding.settings])
         table.add_row(*(Text(part) for part in (finding.what, finding.examples(), change)))
     return table
 
@@ -121,7 +123,7 @@ def _from_scratch(settings: RunSettings, images: int) -> Iterator[Finding]:
             what=f"Learned queries from random weights want {MIN_IMAGES_FROM_SCRATCH:,} training images",
             which=[f"{_many(images, 'image', 'images')} in train"],
             change="Start from trained weights, or take anchors as queries (model=tiny).",
-            settings=["train.init_from=path/to/detr-r50.pth"],
+            settings=["train.init_from=detr-r50.pth"],
         )
 
 
