@@ -56,7 +56,7 @@ class Finding(BaseModel):
 def look_at_data(dataset_folder: Path | str, settings: RunSettings) -> list[Finding]:
     """What in an ingested dataset will hurt a training with these settings; images are not read.
 
-    Raises UserError where an older version made it.
+    Raises UserError where an older version made it, and for a backbone that there is not.
     """
     dataset = read_json(Path(dataset_folder) / "dataset.json")
     try:
@@ -129,8 +129,11 @@ def _from_scratch(settings: RunSettings, images: int) -> Iterator[Finding]:
 
 def _small_boxes(dataset: dict[str, Any], train: pa.Table, model: ModelConfig) -> Iterator[Finding]:
     """Boxes narrower than a cell of the finest feature map, as the model sees them."""
-    with torch.device("meta"):  # without weights
-        body = build_backbone(model)[0]
+    try:
+        with torch.device("meta"):  # without weights
+            body = build_backbone(model)[0]
+    except ValueError as error:
+        raise UserError(f"model.backbone: {error}.", 2) from error
     cell = body.fine_stride if model.queries == "anchors" else body.stride
     sizes = np.stack([train["width"].to_numpy(), train["height"].to_numpy()], 1)
     different, which = np.unique(sizes, axis=0, return_inverse=True)

@@ -163,6 +163,13 @@ def test_the_table_shows_few_examples_whole_settings_and_names_as_they_are(tmp_p
     assert "model.num_queries=10 " in text
 
 
+def test_a_backbone_that_there_is_not_is_one_sentence(tmp_path):
+    folder = dataset(tmp_path, ["cat"], train=[[(WIDE, 0)]], val=[[]])
+    with pytest.raises(UserError, match=r"model\.backbone: .*resnet99.*resnet50") as error:
+        look_at_data(folder, load_settings(None, ["model.backbone=resnet99"]))
+    assert error.value.exit_code == 2
+
+
 def stacked(images):
     return np.frombuffer(b"".join(map(thumbnail, images)), np.uint8).reshape(len(images), 64)
 
