@@ -21,10 +21,12 @@ def main(settings, store: Path) -> dict:
     with ray_session(settings):
         data = ingest_stage(settings, store)
     findings = look_at_data(data["folder"], settings)
-    text = io.StringIO("Nothing in the data looks as if it would hurt.")
+    text = "Nothing in the data looks as if it would hurt."
     if findings:
-        Console(file=text, width=shutil.get_terminal_size((120, 24)).columns).print(findings_table(findings))
-    return {"findings": [finding.model_dump() for finding in findings], "text": text.getvalue().rstrip()}
+        page = Console(file=io.StringIO(), width=shutil.get_terminal_size((120, 24)).columns)
+        page.print(findings_table(findings))
+        text = page.file.getvalue().rstrip()
+    return {"findings": [finding.model_dump() for finding in findings], "text": text}
 
 
 if __name__ == "__main__":

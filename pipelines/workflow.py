@@ -178,9 +178,9 @@ def pipeline(settings: RunSettings, store: Path) -> dict[str, Any]:
 
     store = Path(store).resolve()
     store.mkdir(parents=True, exist_ok=True)
-    # Other settings or other data are another workflow, whose steps are not taken from the ledger of this one.
+    # Other settings, data or stages are another workflow, whose steps are not taken from the ledger of this one.
     inputs = source(settings, data_path(settings, store)).inputs
-    key = digest([settings.model_dump(mode="json"), APPLICATION_VERSION, inputs])
+    key = digest([settings.model_dump(mode="json"), APPLICATION_VERSION, VERSIONS, inputs])
     failed: list[BaseException] = []
 
     def step(name: str, function: Callable[..., Record], *arguments: Any) -> Record:
