@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.alike import find_alike, thumbnail
 from pipelines.progress import track
 from pipelines.settings import UserError
 
@@ -369,8 +370,8 @@ def _float(value: float) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _look(path: Path, max_pixels: int) -> tuple[str, np.ndarray | None]:
-    """(sha256 of the bytes, grey thumbnail int16 [64]); a file that cannot be read looks like no other."""
+def _look(path: Path, max_pixels: int) -> tuple[str, bytes | None]:
+    """(sha256 of the bytes, thumbnail); a file that cannot be read looks like no other."""
     from detr.transforms import ImageError, decode_image
 
     try:
@@ -380,14 +381,14 @@ def _look(path: Path, max_pixels: int) -> tuple[str, np.ndarray | None]:
     if data is None:
         return str(path), None  # ingest will say why
     try:
-        small = decode_image(data, max_pixels).convert("L").resize((8, 8))
+        small = thumbnail(decode_image(data, max_pixels))
     except ImageError:
-        return hashlib.sha256(data).hexdigest(), None
-    return hashlib.sha256(data).hexdigest(), np.asarray(small, np.int16).ravel()
+        small = None
+    return hashlib.sha256(data).hexdigest(), small
 
 
-def _alike(digests: Sequence[str], thumbnails: Sequence[np.ndarray | None]) -> list[list[int]]:
-    """Indices grouped by equal digest, or average hashes 2 bits and thumbnails 3 grey levels apart."""
+def _alike(digests: Sequence[str], thumbnails: Sequence[bytes | None]) -> list[list[int]]:
+    """Indices grouped by equal digest, or thumbnails that are nearly the same."""
     parent = list(range(len(digests)))
 
     def root(i: int) -> int:
@@ -398,14 +399,10 @@ def _alike(digests: Sequence[str], thumbnails: Sequence[np.ndarray | None]) -> l
     first: dict[str, int] = {}
     for i, digest in enumerate(digests):
         parent[root(i)] = root(first.setdefault(digest, i))
-    known = [i for i, thumbnail in enumerate(thumbnails) if thumbnail is not None]
+    known = [i for i, small in enumerate(thumbnails) if small is not None]
     if known:
-        small = np.stack([thumbnails[i] for i in known])
-        bits = small > small.mean(1, keepdims=True)
-        hashes = np.packbits(bits, axis=1).view(np.uint64).ravel()
-        for a, i in enumerate(known):
-            near = np.nonzero(np.bitwise_count(hashes[a + 1 :] ^ hashes[a]) <= 2)[0] + a + 1
-            near = near[np.abs(small[near] - small[a]).mean(1) <= 3]
+        small = np.frombuffer(b"".join(thumbnails[i] for i in known), np.uint8).reshape(len(known), -1)
+        for i, near in zip(known, find_alike(small, small), strict=True):
             for b in near:
                 parent[root(known[b])] = root(i)
     groups: dict[int, list[int]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from detr.draw import class_colours, draw_truth_and_detections
 from pipelines.evaluate import coco_truth, detections_to_coco, match_detections
+from pipelines.look import Finding
 from pipelines.settings import RunSettings, UserError
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json
@@ -39,12 +41,13 @@ def report(
     registry: dict[str, Any] | None,
     predictions: dict[str, Any] | None,
     folder: Path,
+    findings: Sequence[Finding] = (),
 ) -> dict[str, Any]:
     """Write report.html (one file, no script, nothing fetched), validation_grid.png and curves.png.
 
     evaluations: `evaluate`'s folder of each split; stages: records of `run_stage`, the training's also as
-    train_record; registry: what `promote` returned; predictions: figures of a batch job, by name. What is
-    None or empty is said in words, and its picture left out.
+    train_record; registry: what `promote` returned; predictions: figures of a batch job, by name; findings:
+    what `look_at_data` found. What is None or empty is said in words, and its picture left out.
 
     Returns {"report", "validation_grid", "curves"}: paths, or None for a picture there was nothing for.
     Raises UserError where an evaluation was made on another dataset.
@@ -104,6 +107,7 @@ def report(
         mistakes=mistakes,
         threshold=threshold,
         rejects=_rejects(Path(dataset_folder) / "rejects.parquet"),
+        findings=findings,
         stages=_stages(stages),
         registry=registry,
         training=_scalars((train_record or {}).get("result") or {}),

@@ -17,7 +17,7 @@ from pipelines.stage import read_json, run_stage, write_json
 
 APPLICATION_VERSION = "1"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
-VERSIONS = {"sample": 1, "ingest": 1, "sweep": 2, "train": 2, "evaluate": 1, "predict": 1, "report": 1}
+VERSIONS = {"sample": 1, "ingest": 2, "sweep": 2, "train": 2, "evaluate": 1, "predict": 1, "report": 2}
 GATE_REFUSED = 3
 
 Record = dict[str, Any]
@@ -55,6 +55,7 @@ def sweep_stage(settings: RunSettings, store: Path, data: Record) -> Record:
     chosen = {**_training_settings(settings), "sweep": settings.sweep.model_dump()}
 
     def work(folder: Path) -> dict[str, Any]:
+        _look(settings, data)
         return sweep(settings, Path(data["folder"]), folder, _tracker(settings, store, data), name)
 
     return _stage(store, "sweep", chosen, _training_inputs(settings, data), work)
@@ -67,6 +68,7 @@ def train_stage(settings: RunSettings, store: Path, data: Record) -> Record:
     chosen = _training_settings(settings)
 
     def work(folder: Path) -> dict[str, Any]:
+        _look(settings, data)
         name = f"{data['result']['name']}-{folder.name[:8]}"
         return train(settings, Path(data["folder"]), folder, _tracker(settings, store, data), name,
                      {"detr.stage": "train", "detr.key": folder.name})  # fmt: skip
@@ -135,6 +137,7 @@ def report_stage(
     evaluations: list[Record], verdict: Record | None, predictions: Record | None,
 ) -> Record:  # fmt: skip
     """One page about all of it, logged to the training's MLflow run."""
+    from pipelines.look import look_at_data
     from pipelines.report import report
 
     dataset_folder = Path(data["folder"])
@@ -149,6 +152,7 @@ def report_stage(
             {e["result"]["split"]: Path(e["folder"]) for e in evaluations},
             Path(training["folder"]) / "history.json" if training else None,
             settings, stages, verdict and verdict["result"], predictions and predictions["result"], folder,
+            look_at_data(dataset_folder, settings),
         )  # fmt: skip
         if training:
             tracker = _tracker(settings, store, data)
@@ -174,9 +178,9 @@ def pipeline(settings: RunSettings, store: Path) -> dict[str, Any]:
 
     store = Path(store).resolve()
     store.mkdir(parents=True, exist_ok=True)
-    # Other settings or other data are another workflow, whose steps are not taken from the ledger of this one.
+    # Other settings, data or stages are another workflow, whose steps are not taken from the ledger of this one.
     inputs = source(settings, data_path(settings, store)).inputs
-    key = digest([settings.model_dump(mode="json"), APPLICATION_VERSION, inputs])
+    key = digest([settings.model_dump(mode="json"), APPLICATION_VERSION, VERSIONS, inputs])
     failed: list[BaseException] = []
 
     def step(name: str, function: Callable[..., Record], *arguments: Any) -> Record:
@@ -391,6 +395,18 @@ def _timed(stage: str, work: Callable[[], dict[str, Any]]) -> Record:
 
 
 _SAID: set[str] = set()
+
+
+def _look(settings: RunSettings, data: Record) -> None:
+    """What in the data will hurt, before hours go into it; once in a process."""
+    from pipelines.look import findings_table, look_at_data
+
+    name = f"look {data['key']}"
+    if name in _SAID:
+        return
+    _SAID.add(name)
+    if findings := look_at_data(Path(data["folder"]), settings):
+        console.print(findings_table(findings))
 
 
 def _say(record: Record) -> None:

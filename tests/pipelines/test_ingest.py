@@ -94,6 +94,8 @@ def test_rows_hold_the_bytes_and_the_boxes(ray_cluster, dataset, tmp_path):
         data = (dataset / "images" / row["file_name"]).read_bytes()
         assert row["image"] == data and row["sha256"] == hashlib.sha256(data).hexdigest()
         assert (row["width"], row["height"], row["exif_orientation"]) == (40, 30, 1)
+        with Image.open(dataset / "images" / row["file_name"]) as image:
+            assert row["thumbnail"] == image.convert("L").resize((8, 8)).tobytes()
         assert row["boxes"] == [[0, 1.5, 10, 12.5], [3, 1.5, 13, 12.5]] and row["labels"] == [1, 0]
         assert [a["id"] for a in row["annotations"]] == [10 * row["image_id"], 10 * row["image_id"] + 1]
         assert row["annotations"][0] == {

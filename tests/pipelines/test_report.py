@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluate import DETECTIONS, coco_metrics, coco_truth, detections_to_coco
+from pipelines.look import Finding
 from pipelines.report import report
 from pipelines.settings import UserError, load_settings
 from pipelines.stage import write_json
@@ -94,6 +95,7 @@ def full(tmp_path_factory):
     result = report(
         f"Run of {EVIL}", dataset, stages[1], {"val": evaluation}, folder / "history.json", load_settings(), stages,
         registry, {"images": 1234, "rejects": {"it is empty": 2}}, folder,
+        [Finding(what="2 classes hurt", which=(EVIL, CAT), change="Label more.", settings=("model=tiny",))],
     )  # fmt: skip
     return folder, result
 
@@ -118,6 +120,7 @@ def test_the_page_says_what_a_reader_came_for(full):
     assert "d1g35t" in text and "key-of-train" in text and "parameters 1,816,330" in text
     assert "images 1,234" in text and "it is empty 2" in text
     assert "budget: 12 minutes" in text
+    assert f"2 classes hurt {EVIL}; cat Label more. model=tiny" in text
 
 
 def test_mistakes_are_told_in_words_and_right_images_are_none(full):
@@ -161,6 +164,7 @@ def test_what_is_absent_is_said(tmp_path):
         "No image and no annotation was left out.",
     ):
         assert sentence in text
+    assert "What in it hurts" not in text
     assert "None" not in text and "nan" not in text
     assert result["validation_grid"] is None and result["curves"] is None
 

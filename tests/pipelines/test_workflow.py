@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import pytest
 
+from pipelines.look import Finding
 from pipelines.settings import RunSettings, UserError, override_settings
-from pipelines.workflow import _training_inputs
+from pipelines.workflow import _look, _training_inputs
 
 DATA = {"result": {"digest": "d"}}
 
@@ -24,3 +25,14 @@ def test_other_weights_at_the_same_path_are_another_training(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
         _training_inputs(settings, DATA)
+
+
+def test_what_will_hurt_is_said_once_and_stops_nothing(monkeypatch, capsys):
+    seen = []
+    finding = Finding(what="1 class", which=("emu",), change="Label more.")
+    monkeypatch.setattr("pipelines.look.look_at_data", lambda folder, settings: seen.append(folder) or [finding])
+    for key in ("one", "one", "two"):
+        _look(RunSettings(), {"key": key, "folder": "somewhere"})
+    assert len(seen) == 2
+    said = capsys.readouterr()
+    assert said.err.count("emu") == 2 and not said.out
