@@ -113,8 +113,8 @@ class TrainSettings(Settings):
     optimizer: Literal["adamw", "muon"] = Field(
         "muon", description="adamw: as published; muon: for the matrices inside the network, adamw for the rest"
     )
-    lr: float = Field(8e-4, gt=0)
-    lr_backbone: float = Field(8e-4, ge=0)
+    lr: float = Field(1.2e-3, gt=0)
+    lr_backbone: float = Field(1.2e-3, ge=0)
     weight_decay: float = Field(1e-4, ge=0)
     clip_max_norm: float = Field(1.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
@@ -139,7 +139,7 @@ class SweepSettings(Settings):
             "loss.cost_class": [2.0, 1.0, 3.0],
             "loss.loss_ce": [2.0, 1.0, 3.0],
             "loss.loss_giou": [2.0, 3.0, 1.0],
-            "train.lr": [8e-4, 1.2e-3, 5e-4],
+            "train.lr": [1.2e-3, 2e-3, 8e-4],
         },
         description="settings by name and the values to try; trial 0 is always the present settings",
     )
