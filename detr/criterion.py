@@ -13,7 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from detr.boxes import cxcywh_to_xyxy, generalized_iou
 from detr.config import LossConfig, ModelConfig
-from detr.matcher import HungarianMatcher, Matches
+from detr.matcher import HungarianMatcher, Matches, at_least_float32
 from detr.model import all_layers
 from detr.queries import DenoisingQueries
 
@@ -51,7 +51,7 @@ class SetCriterion(nn.Module):
         Also class_error (last layer) and cardinality_error, which have no gradient. Raises
         NonFiniteOutputs from the matcher.
         """
-        logits, boxes = (_at_least_float32(x) for x in all_layers(outputs))
+        logits, boxes = (at_least_float32(x) for x in all_layers(outputs))
         labels = torch.cat([t["labels"] for t in targets])
         truth = torch.cat([t["boxes"] for t in targets]).to(boxes.dtype)
         log_softmax = logits.log_softmax(-1) if self.class_loss == "softmax" else None
@@ -71,10 +71,10 @@ class SetCriterion(nn.Module):
             layers = dn["pred_logits"].shape[0]
             repeat = torch.arange(layers, device=labels.device).repeat_interleave(len(denoising.image))
             given = Matches(repeat, *(x.repeat(layers) for x in (denoising.image, denoising.query, denoising.target)))
-            scores = _at_least_float32(dn["pred_logits"])
+            scores = at_least_float32(dn["pred_logits"])
             losses |= self._losses(
                 scores.log_softmax(-1) if self.class_loss == "softmax" else scores,
-                _at_least_float32(dn["pred_boxes"]), labels, truth, given, num_boxes * denoising.groups, "_dn",
+                at_least_float32(dn["pred_boxes"]), labels, truth, given, num_boxes * denoising.groups, "_dn",
             )  # fmt: skip
         return losses
 
@@ -157,14 +157,10 @@ def _mask_losses(
     """Focal and dice loss (Milletari et al. 2016, V-Net) of the matched masks at the targets' size (section 4.4)."""
     size = [max(side) for side in zip(*(t.shape[-2:] for t in targets), strict=True)]
     truth = torch.cat([F.pad(t, (0, size[1] - t.shape[-1], 0, size[0] - t.shape[-2])) for t in targets])
-    predicted = _at_least_float32(masks[matches.image, matches.query])
+    predicted = at_least_float32(masks[matches.image, matches.query])
     truth = truth[matches.target].to(predicted.dtype).flatten(1)
     predicted = F.interpolate(predicted[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
     focal = sigmoid_focal_loss(predicted, truth, alpha=0.25, gamma=2).mean(1)
     p = predicted.sigmoid()
     dice = 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1)
     return {"loss_mask": focal.sum() / num_boxes, "loss_dice": dice.sum() / num_boxes}
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -79,7 +79,7 @@ class HungarianMatcher(nn.Module):
             labels = nn.utils.rnn.pad_sequence([t["labels"] for t in targets], batch_first=True)
             truth = nn.utils.rnn.pad_sequence([t["boxes"] for t in targets], batch_first=True, padding_value=0.5)
             if self.class_loss == "softmax" and log_softmax is None:
-                log_softmax = _at_least_float32(logits).log_softmax(-1)
+                log_softmax = at_least_float32(logits).log_softmax(-1)
             cost = self._cost(logits if log_softmax is None else log_softmax, boxes, labels, truth)
         # Outputs of an image without targets are looked at, too. A sum is finite when its terms are, since costs and
         # outputs are far too small to overflow.
@@ -109,9 +109,10 @@ class HungarianMatcher(nn.Module):
 
         Queries come last, for every step to run over long stretches of memory.
         """
-        boxes, truth = _at_least_float32(boxes), truth.to(torch.promote_types(boxes.dtype, torch.float32))
+        boxes = at_least_float32(boxes)
+        truth = truth.to(boxes.dtype)
         index = labels[None, :, None, :].expand(len(scores), -1, scores.shape[2], -1)
-        found = _at_least_float32(scores.gather(-1, index)).mT.contiguous()
+        found = at_least_float32(scores.gather(-1, index)).mT.contiguous()
         if self.class_loss == "softmax":
             class_cost = found.exp_().neg_()
         else:
@@ -130,5 +131,6 @@ def _by_coordinate(boxes: Tensor) -> Tensor:
     return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32: costs and losses are never computed in less."""
     return x if x.dtype == torch.float64 else x.float()
