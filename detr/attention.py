@@ -29,39 +29,17 @@ class MultiheadAttention(nn.Module):
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         ]
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None = None,
-        bias: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """query [B, Q, D], key and value [B, K, D] -> [B, Q, D].
 
         mask: bool, true where attention is allowed, broadcastable to [B, heads, Q, K]; none allows all.
-        bias: factors [B, heads, Q, E] and [B, K, E], float32, whose product is added to the logits. They ride
-        along as further channels of query and key, so that no tensor of all pairs is made.
         """
         q, k, v = self._project(query, key, value)
         dropout = self.dropout if self.training else 0.0
-        if bias is None:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-            return self.out_proj(merge_heads(x))
-        dim = q.shape[-1]
-        with torch.autocast(q.device.type, enabled=False):  # the products are large and cancel: float32 or more
-            q, k = self._append(q, k, bias)
-            v = F.pad(v.to(q.dtype), (0, q.shape[-1] - dim))  # the fused kernel wants equal widths
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=dim**-0.5)
-        return self.out_proj(merge_heads(x[..., :dim]).to(query.dtype))
+        return self.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)))
 
     def explicit(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None = None,
-        bias: tuple[Tensor, Tensor] | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """`forward` written out, without dropout: its output and the attention weights [B, heads, Q, K].
 
@@ -71,22 +49,12 @@ class MultiheadAttention(nn.Module):
         scale, wide = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = q.to(wide), k.to(wide), v.to(wide)
-            if bias is not None:
-                q, k = self._append(q, k, bias)
             score = q @ k.transpose(-1, -2) * scale
             if mask is not None:
                 score = score.masked_fill(~mask, float("-inf"))
             weights = score.softmax(-1)
             x = weights @ v
         return self.out_proj(merge_heads(x).to(query.dtype)), weights
-
-    def _append(self, q: Tensor, k: Tensor, bias: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries and keys with the bias' factors as further channels, [B, heads, N, D / heads + E]."""
-        left, right = bias
-        right = right[:, None].expand(-1, self.heads, -1, -1)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q = torch.cat([q.to(wide), left.to(wide) * q.shape[-1] ** 0.5], -1)
-        return q, torch.cat([k.to(wide), right.to(wide)], -1)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -56,17 +56,12 @@ class ResNetBackbone(nn.Module):
             for key, parameter in net.named_parameters():
                 if not key.startswith(("layer2", "layer3", "layer4")):
                     parameter.requires_grad_(False)
-        self.fine_channels = self.num_channels // 2
-        self.fine_stride, self.stride = 16, 16 if dilation else 32
+        self.strides = (4, 8, 16, 16 if dilation else 32)
         self.stage_channels = [self.num_channels // 2**i for i in (3, 2, 1, 0)]
         self.body = IntermediateLayerGetter(net, return_layers={"layer3": "fine", "layer4": "coarse"})
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] -> features at stride 16 [B, fine_channels, ...] and 32 [B, num_channels, ...]."""
-        return tuple(self.stages(images)[-2:])
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """images [B, 3, H, W] -> the features of layer1 to layer4 [B, stage_channels, ...], for a mask head."""
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, H, W] -> the features of layer1 to layer4 [B, stage_channels, ...] at `strides`."""
         body, features = self.body, []
         x = body["maxpool"](_convolve(body["conv1"], body["bn1"], images).relu_())
         for name in ("layer1", "layer2", "layer3", "layer4"):
@@ -118,8 +113,8 @@ class ResidualBlock(nn.Module):
 class SmallBackbone(nn.Module):
     """A stem and three residual blocks to stride 16, 0.6 M parameters: trains from random weights on a laptop."""
 
-    fine_channels = num_channels = 128
-    fine_stride, stride = 8, 16
+    num_channels = 128
+    strides = (2, 4, 8, 16)
     stage_channels = (32, 64, 128, 128)
 
     def __init__(self):
@@ -130,13 +125,8 @@ class SmallBackbone(nn.Module):
         self.blocks = nn.Sequential(ResidualBlock(32, 64), ResidualBlock(64, 128))
         self.last = ResidualBlock(128, 128)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] -> features at stride 8 and at stride 16, both [B, 128, ...], sizes rounded up."""
-        fine = self.blocks(self.stem(images))
-        return fine, self.last(fine)
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """images [B, 3, H, W] -> features at strides 2, 4, 8 and 16 [B, stage_channels, ...]."""
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, H, W] -> features at `strides` [B, stage_channels, ...], sizes rounded up."""
         features = [self.stem(images)]
         for block in (*self.blocks, self.last):
             features.append(block(features[-1]))

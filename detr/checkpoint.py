@@ -25,6 +25,9 @@ from detr.segmentation import DETRsegm, build_model
 
 FORMAT = 1
 HEAD = ("class_embed.weight", "class_embed.bias")  # with a row for each class
+ANCHOR_CLASSES = (  # with a row for each class
+    "decoder.label_embed.weight", "decoder.proposals.class_embed.weight", "decoder.proposals.class_embed.bias",
+)  # fmt: skip
 QUERIES = ("query_embed.weight", "decoder.content", "decoder.anchors")  # with a row for each query
 
 
@@ -241,7 +244,7 @@ def init_from(model: DETR | DETRsegm, path: Path | str, class_names: list[str]) 
     """Fine-tuning: load everything of a checkpoint that fits, in place; a sentence that says what was taken.
 
     path: a checkpoint folder, or a file of official DETR weights. class_names: of the model's labels, in order.
-    A weight is taken where name and shape agree; of a backbone all or nothing. The rows of the class head and of
+    A weight is taken where name and shape agree; of a backbone all or nothing. The rows of the class heads and of
     the denoising queries' labels are taken by the names of the classes (case aside), the softmax head's no-object
     row always; a head trained with the other class loss is not taken. Of the queries the first are taken; of
     anchors, which stand on a grid, evenly many from everywhere. All else keeps its initialisation.
@@ -261,8 +264,8 @@ def init_from(model: DETR | DETRsegm, path: Path | str, class_names: list[str]) 
     place = {name.casefold(): i for i, name in reversed(list(enumerate(names or ()))) if name}
     known = [i for i, name in enumerate(class_names) if name.casefold() in place]
     rows = known, [place[class_names[i].casefold()] for i in known]
-    if _of_like_rows(own, state, ("decoder.label_embed.weight",)) and names is not None:
-        taken["decoder.label_embed.weight"] = rows
+    if names is not None:
+        taken |= dict.fromkeys(_of_like_rows(own, state, ANCHOR_CLASSES), rows)
     if class_loss != model.config.class_loss or not _of_like_rows(own, state, HEAD[:1]):
         taken = {k: v for k, v in taken.items() if k not in HEAD}
     elif names is not None:

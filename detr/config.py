@@ -38,6 +38,10 @@ class LossConfig(Settings):
     eos_coef: float = Field(0.1, ge=0, description="weight of the no-object class (softmax loss only)")
     focal_alpha: float = Field(0.25, ge=0, le=1, description="balance of the focal loss (focal loss only)")
     focal_gamma: float = Field(2.0, ge=0, description="focus of the focal loss (focal loss only)")
+    mal_gamma: float = Field(
+        0.0, ge=0, description="focal loss only: a match is to score its IoU to this power, others weigh their "
+        "score to this power (Huang et al. 2025, DEIM: MAL); 0: a match is to score 1 (sigmoid focal loss)",
+    )
     class_norm: Literal["device", "window"] = Field(
         "device",
         description="what the class loss is divided by: this worker's own count (published), "
@@ -63,6 +67,9 @@ class ModelConfig(Settings):
     queries: Literal["learned", "anchors"] = Field(
         "learned", description="learned vectors (as published) or anchor boxes refined layer by layer"
     )
+    two_stage: bool = Field(False, description="anchors are the best of one proposal per cell, not learned boxes")
+    levels: int = Field(3, ge=1, le=4, description="maps that anchor queries look at: the encoder's, and finer ones")
+    points: int = Field(4, ge=1, description="places on each map that a head of an anchor query looks at")
     class_loss: Literal["softmax", "focal"] = "softmax"
     aux_loss: bool = True
     masks: bool = Field(False, description="add the mask head, for segmentation and panoptic segmentation")
@@ -97,6 +104,8 @@ class ModelConfig(Settings):
             raise ValueError("denoising needs queries: anchors")
         if self.dilation and self.backbone in ("small", "resnet18", "resnet34"):
             raise ValueError(f"dilation needs a backbone of bottleneck blocks such as resnet50, not {self.backbone}")
+        if self.two_stage and (self.queries != "anchors" or self.class_loss != "focal"):
+            raise ValueError("two_stage needs queries: anchors and class_loss: focal; else set two_stage: false")
         if self.queries == "anchors" and self.pre_norm:
             raise ValueError("pre_norm is for queries: learned")
         if self.queries == "anchors" and self.position_embedding != "sine":
@@ -108,8 +117,9 @@ class ModelConfig(Settings):
         return self
 
 
-# What the focal loss wants in place of 1 and 1 (Zhu et al. 2021, Deformable DETR).
-FOCAL_WEIGHTS = {"cost_class": 2.0, "loss_ce": 2.0}
+# What models with sigmoid scores are trained with: the focal loss' matching cost (Zhu et al. 2021, Deformable DETR) and
+# the class loss of Huang et al. 2025 (DEIM).
+FOCAL_WEIGHTS = {"cost_class": 2.0, "loss_ce": 1.0, "mal_gamma": 1.5}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "detr_resnet50": {},
@@ -128,6 +138,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
         "num_queries": 60,
         "queries": "anchors",
+        "two_stage": True,
         "class_loss": "focal",
         "denoising": {"groups": 3},
         "image_size": 192,

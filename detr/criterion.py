@@ -1,7 +1,8 @@
 """The set-prediction loss (paper, section 3.1), for all decoder layers at once.
 
 Loss names are the official ones: loss_ce, loss_bbox, loss_giou for the last layer, with the suffix _i for
-layer i before it, and with _dn for denoising queries; of masks loss_mask and loss_dice, for the last layer alone.
+layer i before it, with _enc for proposals and _dn for denoising queries; of masks loss_mask and loss_dice, for the
+last layer alone.
 """
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from detr.boxes import cxcywh_to_xyxy, generalized_iou
+from detr.boxes import cxcywh_to_xyxy, generalized_iou, iou
 from detr.config import LossConfig, ModelConfig
 from detr.matcher import HungarianMatcher, Matches, at_least_float32
 from detr.model import all_layers
@@ -23,7 +24,7 @@ class SetCriterion(nn.Module):
 
     Box losses are divided by the number of boxes averaged over the workers. The softmax class loss is a
     weighted mean over this worker's queries (as published), or with class_norm "window" over all workers';
-    the focal loss is divided by the number of boxes.
+    the focal loss, and MAL in its place, are divided by the number of boxes.
     """
 
     def __init__(self, model: ModelConfig, loss: LossConfig):
@@ -66,6 +67,10 @@ class SetCriterion(nn.Module):
             losses |= self._errors(logits, labels, last, targets)
         if "pred_masks" in outputs:
             losses |= _mask_losses(outputs["pred_masks"], [t["masks"] for t in targets], last, num_boxes)
+        if "proposals" in outputs:
+            scores, boxes = (at_least_float32(outputs["proposals"][key])[None] for key in ("pred_logits", "pred_boxes"))
+            found = self.matcher.match(scores, boxes, targets)
+            losses |= self._losses(scores, boxes, labels, truth, found, num_boxes, "_enc")
         if denoising is not None:
             dn = outputs["denoising"]
             layers = dn["pred_logits"].shape[0]
@@ -94,15 +99,20 @@ class SetCriterion(nn.Module):
         """
         layers = scores.shape[0]
         at = (matches.layer, matches.image, matches.query)
+        predicted, target = boxes[at], truth[matches.target]
         if self.class_loss == "softmax":
             ce = self._softmax_loss(scores, labels, matches)
         else:
             onehot = torch.zeros_like(scores)
-            onehot[(*at, labels[matches.target])] = 1
-            focal = sigmoid_focal_loss(scores, onehot, self.config.focal_alpha, self.config.focal_gamma)
-            ce = focal.flatten(1).sum(1) / num_boxes
+            at_label = (*at, labels[matches.target])
+            onehot[at_label] = 1
+            if self.config.mal_gamma:
+                overlap = iou(cxcywh_to_xyxy(predicted.detach()), cxcywh_to_xyxy(target))
+                ce = self._quality_loss(scores, onehot, at_label, overlap)
+            else:
+                ce = sigmoid_focal_loss(scores, onehot, self.config.focal_alpha, self.config.focal_gamma)
+            ce = ce.flatten(1).sum(1) / num_boxes
 
-        predicted, target = boxes[at], truth[matches.target]
         l1 = (predicted - target).abs().sum(-1)
         giou = 1 - generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
         sums = boxes.new_zeros(2, layers).index_add(1, matches.layer, torch.stack([l1, giou])) / num_boxes
@@ -111,6 +121,16 @@ class SetCriterion(nn.Module):
             for i, value in enumerate(values):
                 losses[f"{name}{suffix}" if i == layers - 1 else f"{name}{suffix}_{i}"] = value
         return losses
+
+    def _quality_loss(
+        self, scores: Tensor, onehot: Tensor, at_label: tuple[Tensor, ...], overlap: Tensor
+    ) -> Tensor:
+        """Binary cross entropy to the IoU of each match, to the power mal_gamma, of every score (DEIM's MAL)."""
+        gamma = self.config.mal_gamma
+        aim = torch.zeros_like(scores)
+        aim[at_label] = overlap.to(scores.dtype) ** gamma
+        weight = torch.where(onehot > 0, 1.0, scores.detach().sigmoid() ** gamma)
+        return F.binary_cross_entropy_with_logits(scores, aim, weight, reduction="none")
 
     def _softmax_loss(self, log_softmax: Tensor, labels: Tensor, matches: Matches) -> Tensor:
         """Cross entropy over all queries, weighted by class, mean per layer: [L]."""

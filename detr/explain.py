@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from detr.batch import prepare_images
 from detr.boxes import cxcywh_to_xyxy
 from detr.model import DETR, Outputs
+from detr.queries import Pyramid
 
 
 @dataclass
@@ -22,7 +23,8 @@ class AttentionMaps:
     """The attention of the last layers, per head, with the outputs it led to.
 
     encoder [B, heads, h, w, h, w]: from each cell to all, or None where the model has no encoder layer.
-    decoder [B, heads, Q, h, w]: from each query to the cells; with anchor queries those of the finer grid.
+    decoder [B, heads, Q, h, w]: from each query to the cells; with anchor queries over the finest of their maps, on
+    which the places of the others are spread, and without what lies outside the image.
     """
 
     outputs: Outputs
@@ -39,36 +41,60 @@ def attention_maps(model: DETR, images: Tensor, mask: Tensor) -> AttentionMaps:
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
     encoder, anchors = model.transformer.encoder, model.config.queries == "anchors"
-    decoder = model.decoder if anchors else model.transformer.decoder
-    attentions = {"decoder": decoder.layers[-1].multihead_attn}
-    if encoder.layers:
-        attentions["encoder"] = encoder.layers[-1].self_attn
-    grids = {"encoder": model.input_proj, "decoder": model.fine_proj if anchors else model.input_proj}
-    shapes: dict[str, torch.Size] = {}
+    shapes: list[torch.Size] = []
     weights: dict[str, Tensor] = {}
 
-    def see_shape(name: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            shapes[name] = output.shape[-2:]
-
-        return hook
+    def see_shape(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        shapes.append(output.shape[-2:])
 
     def attend(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-            output, weights[name] = module.explicit(*args, **kwargs)
+            output, maps = module.explicit(*args, **kwargs)
+            weights[name] = maps.unflatten(-1, shapes[0])
             return output
 
         return hook
 
+    def look(module: nn.Module, args: tuple, output: Tensor) -> None:
+        weights["decoder"] = _on_the_finest(*module.look(*args[:2], args[2].sizes), args[2])
+
     with ExitStack() as hooks:
-        for name, module in grids.items():
-            hooks.enter_context(module.register_forward_hook(see_shape(name)))
-        for name, module in attentions.items():
-            hooks.enter_context(module.register_forward_hook(attend(name), with_kwargs=True))
+        hooks.enter_context(model.input_proj.register_forward_hook(see_shape))
+        if encoder.layers:
+            layer = encoder.layers[-1].self_attn
+            hooks.enter_context(layer.register_forward_hook(attend("encoder"), with_kwargs=True))
+        if anchors:
+            hooks.enter_context(model.decoder.layers[-1].cross_attn.register_forward_hook(look))
+        else:
+            layer = model.transformer.decoder.layers[-1].multihead_attn
+            hooks.enter_context(layer.register_forward_hook(attend("decoder"), with_kwargs=True))
         outputs = model(images, mask)
-    maps = {name: w.unflatten(-1, shapes[name]) for name, w in weights.items()}
-    own = maps["encoder"].unflatten(2, shapes["encoder"]) if "encoder" in maps else None
-    return AttentionMaps(outputs, own, maps["decoder"])
+    own = weights["encoder"].unflatten(2, shapes[0]) if "encoder" in weights else None
+    return AttentionMaps(outputs, own, weights["decoder"])
+
+
+def _on_the_finest(places: Tensor, shares: Tensor, pyramid: Pyramid) -> Tensor:
+    """What `DeformableAttention.look` gives, as one map of the finest size: [B, heads, Q, h, w].
+
+    A place lies between four cells, which share its weight (bilinear); on a coarse map each passes it on to the
+    finest cells that it covers.
+    """
+    total, size = 0, pyramid.maps[-1].shape[1:3]
+    around = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], device=places.device)
+    for level, (stride, x) in enumerate(zip(pyramid.strides, pyramid.maps, strict=True)):
+        height, width = x.shape[1:3]
+        at = (places[:, :, :, level] / stride - 0.5)[..., None, :]
+        corners = at.floor() + around  # [B, Q, heads, points, 4, 2]
+        inside = ((corners >= 0) & (corners < torch.tensor([width, height], device=at.device))).all(-1)
+        weights = (1 - (at - corners).abs()).prod(-1) * inside * shares[:, :, :, level, :, None]
+        cells = torch.where(inside, corners[..., 1] * width + corners[..., 0], 0).long()
+        flat = weights.new_zeros(*weights.shape[:3], height * width)
+        flat.scatter_add_(-1, cells.flatten(3), weights.flatten(3))
+        coarse = flat.transpose(1, 2).unflatten(-1, (height, width))
+        fine = F.interpolate(coarse.flatten(0, 1), size=size, mode="nearest").unflatten(0, coarse.shape[:2])
+        whole, spread = coarse.sum((-2, -1), keepdim=True), fine.sum((-2, -1), keepdim=True)
+        total = total + fine * (whole / spread.clamp(min=1e-9))
+    return total
 
 
 @dataclass

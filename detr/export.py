@@ -41,8 +41,8 @@ def side_limits(model: DETR) -> tuple[int, int | None]:
     """
     body, position = model.backbone
     if not isinstance(position, PositionEmbeddingLearned):
-        return body.stride + 1, None
-    return body.stride + 1, body.stride * position.row_embed.num_embeddings
+        return body.strides[-1] + 1, None
+    return body.strides[-1] + 1, body.strides[-1] * position.row_embed.num_embeddings
 
 
 @torch.no_grad()

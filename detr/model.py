@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from detr.backbone import build_backbone
 from detr.config import ModelConfig
-from detr.position import cell_centres, sine_of_points
-from detr.queries import MLP, AnchorDecoder, DenoisingQueries
+from detr.position import cell_centres, image_sizes, sine_of_points
+from detr.queries import MLP, AnchorDecoder, DenoisingQueries, Pyramid
 from detr.transformer import Transformer
 
 Outputs = dict[str, Tensor | list[dict[str, Tensor]]]
@@ -52,8 +52,9 @@ class DETR(nn.Module):
             nn.init.constant_(self.class_embed.bias, -math.log(99))  # every class starts at 1 %
         backbone = build_backbone(config)
         if anchors:
-            self.fine_proj = nn.Conv2d(backbone[0].fine_channels, dim, 1)
-            self.fine_norm = nn.LayerNorm(dim)
+            finer = backbone[0].stage_channels[-2 : -config.levels - 1 : -1]
+            self.finer_proj = nn.ModuleList(nn.Conv2d(channels, dim, 1) for channels in finer)
+            self.finer_norm = nn.ModuleList(nn.LayerNorm(dim) for _ in finer)
         self.input_proj = nn.Conv2d(backbone[0].num_channels, dim, 1)
         self.backbone = backbone
 
@@ -62,28 +63,30 @@ class DETR(nn.Module):
 
         Returns `pred_logits` [B, Q, num_classes (+ 1 with softmax)], `pred_boxes` [B, Q, 4] as cxcywh in
         0..1 of the unpadded image, `aux_outputs`: the same of each earlier layer (aux_loss), and with
-        denoising queries `denoising`: the same of all layers for them, [L, B, P, ...].
+        denoising queries `denoising`: the same of all layers for them, [L, B, P, ...]. With two_stage
+        `proposals`: the same of every cell of a map, [B, N, ...].
         """
-        return self.detect(*self.backbone[0](images), mask, denoising)[0]
+        return self.detect(self.backbone[0](images), mask, denoising)[0]
 
     def detect(
-        self, fine: Tensor, coarse: Tensor, mask: Tensor, denoising: DenoisingQueries | None = None
+        self, features: list[Tensor], mask: Tensor, denoising: DenoisingQueries | None = None
     ) -> tuple[Outputs, Decoded]:
-        """All that follows the backbone: its two feature maps -> forward's outputs, and what led to them."""
+        """All that follows the backbone: its feature maps -> forward's outputs, and what led to them."""
         body, encoding = self.backbone
         anchors = self.config.queries == "anchors"
-        small = _shrink(mask, coarse)
+        coarse = features[-1]
+        small, sizes = _shrink(mask, coarse), image_sizes(mask)
         src = self.input_proj(coarse)
         if anchors:
-            pos = sine_of_points(cell_centres(mask, *coarse.shape[-2:], body.stride), src.shape[1] // 2).to(src.dtype)
+            centres = cell_centres(sizes, *coarse.shape[-2:], body.strides[-1])
+            pos = sine_of_points(centres, src.shape[1] // 2).to(src.dtype)
         else:
             pos = encoding(small).to(src.dtype).flatten(2).transpose(1, 2)
         key_mask = ~small.flatten(1)[:, None, None, :]
         memory = self.transformer.encoder(src.flatten(2).transpose(1, 2), pos, key_mask)
         if anchors:
-            fused = self._fuse(memory.transpose(1, 2).unflatten(2, coarse.shape[-2:]), fine)
-            centres = cell_centres(mask, *fine.shape[-2:], body.fine_stride)
-            hs, boxes = self.decoder(fused, _shrink(mask, fine), centres, self.bbox_embed, denoising)
+            pyramid = self._pyramid(memory.unflatten(1, coarse.shape[-2:]), features, mask, sizes)
+            hs, boxes, proposed = self.decoder(pyramid, self.bbox_embed, denoising)
         else:
             hs = self.transformer.decode(memory, pos, key_mask, self.query_embed.weight)
             boxes = self.bbox_embed(hs).sigmoid()
@@ -93,6 +96,8 @@ class DETR(nn.Module):
             split = denoising.labels.shape[1]
             out["denoising"] = {"pred_logits": logits[:, :, :split], "pred_boxes": boxes[:, :, :split]}
             logits, boxes = logits[:, :, split:], boxes[:, :, split:]
+        if anchors and proposed is not None:
+            out["proposals"] = dict(zip(("pred_logits", "pred_boxes"), proposed, strict=True))
         out["pred_logits"], out["pred_boxes"] = logits[-1], boxes[-1]
         if self.config.aux_loss:
             out["aux_outputs"] = [
@@ -100,15 +105,22 @@ class DETR(nn.Module):
             ]
         return out, Decoded(src, small, memory, hs[-1, :, -logits.shape[2] :])
 
-    def _fuse(self, memory: Tensor, fine: Tensor) -> Tensor:
-        """The encoder's memory [B, D, h, w] on the finer grid of `fine`, with what only that grid shows."""
-        factor = self.backbone[0].stride // self.backbone[0].fine_stride
-        up = F.interpolate(memory, scale_factor=factor, mode="bilinear", align_corners=False)
-        # The last coarse cell may lie half outside. (A slice would keep torch.export from leaving sizes open.)
-        for axis in (2, 3):
-            up = up.index_select(axis, torch.arange(fine.shape[axis], device=up.device))
-        fused = self.fine_norm((self.fine_proj(fine) + up).permute(0, 2, 3, 1))
-        return fused.permute(0, 3, 1, 2)
+    def _pyramid(self, memory: Tensor, features: list[Tensor], mask: Tensor, sizes: Tensor) -> Pyramid:
+        """The encoder's memory [B, h, w, D] and finer maps, each the one before with what only its own grid shows.
+
+        (Lin et al. 2017, FPN.)
+        """
+        strides, maps = list(self.backbone[0].strides[: -self.config.levels - 1 : -1]), [memory]
+        for i, (proj, norm) in enumerate(zip(self.finer_proj, self.finer_norm, strict=True)):
+            fine, factor = features[-2 - i], strides[i] // strides[i + 1]
+            coarse = maps[-1].permute(0, 3, 1, 2)
+            up = F.interpolate(coarse, scale_factor=factor, mode="bilinear", align_corners=False)
+            # The last coarse cell may lie half outside. (A slice would keep torch.export from leaving sizes open.)
+            for axis in (2, 3):
+                up = up.index_select(axis, torch.arange(fine.shape[axis], device=up.device))
+            maps.append(norm((proj(fine) + up).permute(0, 2, 3, 1)))
+        outside = (_shrink(mask, x)[..., None] for x in features[: -1 - len(maps) : -1])
+        return Pyramid(tuple(strides), [x.masked_fill(o, 0) for x, o in zip(maps, outside, strict=True)], sizes)
 
     def parameter_groups(self, lr: float, lr_backbone: float) -> list[dict]:
         """The two published optimiser groups: the backbone's trainable weights, and all others.

@@ -10,7 +10,9 @@ from detr.model import DETR
 from detr.segmentation import DETRsegm
 
 # Two-dimensional, yet no matrix inside the network: tables of vectors, heads, and what sets a few scalars.
-NO_MATRICES = ("class_embed", "query_embed", "row_embed", "col_embed", "label_embed", "content", "anchors", "place")
+NO_MATRICES = (
+    "class_embed", "query_embed", "row_embed", "col_embed", "label_embed", "content", "anchors", "places", "shares",
+)  # fmt: skip
 
 
 class MuonAdamW:

@@ -52,17 +52,21 @@ class PositionEmbeddingLearned(nn.Module):
         return torch.cat([x, y], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
-def cell_centres(mask: Tensor, height: int, width: int, stride: int) -> Tensor:
+def cell_centres(sizes: Tensor, height: int, width: int, stride: int) -> Tensor:
     """Centres of the cells of a feature map: x and y in 0..1 of the unpadded image, [B, height * width, 2].
 
-    mask [B, H, W] is the image's own, true where padded. Counting cells instead (as published) puts things up to
-    half a cell from where their boxes are, because the last cell may be part padding: much, where cells are few.
+    sizes [B, 2]: width and height of the images. Counting cells instead (as published) puts things up to half a
+    cell from where their boxes are, because the last cell may be part padding: much, where cells are few.
     """
+    x = torch.arange(width, device=sizes.device).expand(height, width)
+    y = torch.arange(height, device=sizes.device)[:, None].expand(height, width)
+    return (torch.stack([x, y], -1).flatten(0, 1) + 0.5) * stride / sizes[:, None]
+
+
+def image_sizes(mask: Tensor) -> Tensor:
+    """Width and height of the unpadded part of masks [B, H, W], at least 1: [B, 2]."""
     valid = ~mask
-    size = torch.stack([valid.any(1).sum(1), valid.any(2).sum(1)], -1).clamp(min=1)  # width and height in pixels
-    x = torch.arange(width, device=mask.device).expand(height, width)
-    y = torch.arange(height, device=mask.device)[:, None].expand(height, width)
-    return (torch.stack([x, y], -1).flatten(0, 1) + 0.5) * stride / size[:, None]
+    return torch.stack([valid.any(1).sum(1), valid.any(2).sum(1)], -1).clamp(min=1)
 
 
 def sine_of_points(points: Tensor, dim: int) -> Tensor:

@@ -1,21 +1,33 @@
 """Anchor boxes as queries, refined layer by layer, and denoising queries for training.
 
-After Liu et al. 2022 (DAB-DETR: anchor boxes as queries), Gao et al. 2021 (SMCA: attention drawn to a place) and
-Li et al. 2022 (DN-DETR: denoising).
+After Liu et al. 2022 (DAB-DETR: anchor boxes as queries), Zhu et al. 2021 (Deformable DETR: attention to a few places,
+the best of dense proposals as anchors) and Li et al. 2022 (DN-DETR: denoising).
 """
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.attention import MultiheadAttention
 from detr.boxes import inverse_sigmoid
 from detr.config import DenoisingConfig, ModelConfig
-from detr.position import sine_of_boxes, sine_of_points
+from detr.position import cell_centres, sine_of_boxes
+
+NO_SCORE = -20.0  # the logit of a proposal that is none
+
+
+class Pyramid(NamedTuple):
+    """Maps of one image batch at several strides, coarse to fine."""
+
+    strides: tuple[int, ...]
+    maps: list[Tensor]  # [B, h, w, D] each, zero where padded
+    sizes: Tensor  # [B, 2], width and height of the images in pixels
 
 
 class MLP(nn.Module):
@@ -94,124 +106,171 @@ def denoising_mask(num_queries: int, groups: int, slots: int, device: torch.devi
     return (group[None, :] == -1) | (group[:, None] == group[None, :])
 
 
-class AnchorDecoderLayer(nn.Module):
-    """Self-attention, cross-attention drawn to places in and around the query's box, feed-forward.
+class DeformableAttention(nn.Module):
+    """Each head of a query looks at a few places in and around the query's box, on every map.
 
-    Each head looks at a place given in units of the box, with a reach in the same units: the logits of the
-    cross-attention lose the squared distance to that place (Gao et al. 2021, SMCA; places as in Zhu et al.
-    2021). At the start one head sees the whole image, one the box, and the others its centre and sides.
+    After Zhu et al. 2021 (Deformable DETR): places, in units of the box, and their shares come from the query. As in
+    Peng et al. 2024 (D-FINE) heads take their channels from the maps as they are, without a projection.
     """
 
-    def __init__(self, dim: int, heads: int, dim_feedforward: int, dropout: float):
+    def __init__(self, dim: int, heads: int, levels: int, points: int):
         super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.places = nn.Linear(dim, heads * levels * points * 2)
+        self.shares = nn.Linear(dim, heads * levels * points)
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def reset_places(self) -> None:
+        """Every head looks along a ray of its own, from the box's centre to its border; all shares are equal."""
+        angle = torch.arange(self.heads) / self.heads * 2 * math.pi
+        ray = torch.stack([angle.cos(), angle.sin()], -1)
+        ray = ray / ray.abs().amax(-1, keepdim=True)
+        places = 0.5 * ray[:, None, None] * (torch.arange(1, self.points + 1) / self.points)[:, None]
+        for linear in (self.places, self.shares):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        with torch.no_grad():
+            self.places.bias.copy_(places.expand(-1, self.levels, -1, -1).flatten())
+
+    def forward(self, query: Tensor, boxes: Tensor, pyramid: Pyramid) -> Tensor:
+        """query [B, Q, D], boxes [B, Q, 4] (cxcywh in 0..1) -> [B, Q, D]."""
+        places, shares = self.look(query, boxes, pyramid.sizes)
+        read = []
+        for level, (stride, x) in enumerate(zip(pyramid.strides, pyramid.maps, strict=True)):
+            channels = x.unflatten(3, (self.heads, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B * heads, d, h, w]
+            whole = torch.tensor([x.shape[2] * stride, x.shape[1] * stride], device=x.device)
+            grid = (places[:, :, :, level] / whole * 2 - 1).transpose(1, 2).flatten(0, 1)  # [B * heads, Q, points, 2]
+            read.append(F.grid_sample(channels.to(grid.dtype), grid, align_corners=False))
+        shares = shares.transpose(1, 2).flatten(3).flatten(0, 1)[:, None]  # [B * heads, 1, Q, levels * points]
+        x = (torch.cat(read, -1) * shares).sum(-1).unflatten(0, (-1, self.heads))  # [B, heads, d, Q]
+        return self.out_proj(x.flatten(1, 2).transpose(1, 2).to(query.dtype))
+
+    def look(self, query: Tensor, boxes: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Where every head looks: places [B, Q, heads, levels, points, 2] (x, y in pixels), and their shares."""
+        shares = self.shares(query).unflatten(-1, (self.heads, -1))
+        shares = shares.to(boxes.dtype).softmax(-1).unflatten(-1, (self.levels, self.points))
+        places = self.places(query).unflatten(-1, (self.heads, self.levels, self.points, 2)).to(boxes.dtype)
+        boxes = boxes[:, :, None, None, None]
+        return (boxes[..., :2] + places * boxes[..., 2:]) * sizes[:, None, None, None, None], shares
+
+
+class AnchorDecoderLayer(nn.Module):
+    """Self-attention, cross-attention to places in and around the query's box, feed-forward."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim, heads, dropout = config.hidden_dim, config.nheads, config.dropout
         self.self_attn = MultiheadAttention(dim, heads, dropout)
-        self.multihead_attn = MultiheadAttention(dim, heads, dropout)
-        self.place = nn.Linear(dim, heads * 3)  # x, y and log of the sharpness of every head
-        self.linear1 = nn.Linear(dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.cross_attn = DeformableAttention(dim, heads, config.levels, config.points)
+        self.linear1 = nn.Linear(dim, config.dim_feedforward)
+        self.linear2 = nn.Linear(config.dim_feedforward, dim)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def reset_places(self) -> None:
-        """Set every head's place and reach at the start."""
-        heads = self.place.out_features // 3
-        angle = torch.arange(max(0, heads - 3)) / max(1, heads - 3) * 2 * math.pi
-        place = torch.zeros(heads, 3)
-        place[:3, 2] = torch.tensor([-3.0, 0.0, 2.0])[:heads]  # far, the box, its centre
-        place[3:] = torch.stack([0.4 * angle.cos(), 0.4 * angle.sin(), torch.full_like(angle, 2.0)], 1)
-        nn.init.zeros_(self.place.weight)
-        with torch.no_grad():
-            self.place.bias.copy_(place.flatten())
-
     def forward(
-        self, tgt: Tensor, query_pos: Tensor, anchors: Tensor, memory: Tensor, pos: Tensor, cells: Tensor,
-        mask: Tensor, self_mask: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """tgt, query_pos [B, Q, D], anchors [B, Q, 4], memory, pos [B, N, D], cells from `_cell_features`,
-        mask [B, 1, 1, N] true where the memory is not padding -> [B, Q, D]."""
+        self, tgt: Tensor, query_pos: Tensor, anchors: Tensor, pyramid: Pyramid, self_mask: Tensor | None
+    ) -> Tensor:
+        """tgt, query_pos [B, Q, D], anchors [B, Q, 4] -> [B, Q, D]."""
         x = tgt + query_pos
         tgt = self.norm1(tgt + self.dropout(self.self_attn(x, x, tgt, self_mask)))
-        place = self.place(tgt).float().unflatten(-1, (-1, 3)).transpose(1, 2)  # [B, heads, Q, 3]
-        x = self.multihead_attn(tgt + query_pos, memory + pos, memory, mask, (_pull(place, anchors), cells))
-        tgt = self.norm2(tgt + self.dropout(x))
+        tgt = self.norm2(tgt + self.dropout(self.cross_attn(tgt + query_pos, anchors, pyramid)))
         x = self.linear2(self.dropout(self.linear1(tgt).relu()))
         return self.norm3(tgt + self.dropout(x))
 
 
+class Proposals(nn.Module):
+    """A box and class scores for every cell of a map; the best become the decoder's anchors ("two-stage").
+
+    After Zhu et al. 2021 (Deformable DETR). As in Zhang et al. 2022 (DINO, mixed query selection) the boxes alone
+    are taken: what a query starts with stays learned.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim, self.number = config.hidden_dim, config.num_queries
+        self.class_embed = nn.Linear(dim, config.num_classes)
+        nn.init.constant_(self.class_embed.bias, -math.log(99))
+        self.bbox_embed = MLP(dim, dim, 4, 3)
+        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
+        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+
+    def forward(self, stride: int, x: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A map [B, h, w, D] and the images' sizes [B, 2] -> (logits [B, N, C], boxes [B, N, 4], anchors [B, Q, 4]).
+
+        A box starts at its cell's centre, four cells wide and high. Padding, and as many candidates more as there
+        are anchors, so that these are always enough, are the image's middle without a score.
+        """
+        centres = cell_centres(sizes, *x.shape[1:3], stride)
+        side = (4 * stride / sizes).clamp(max=0.9)[:, None].expand_as(centres)
+        start = inverse_sigmoid(torch.cat([centres.clamp(max=1), side], -1))
+        x = x.flatten(1, 2)
+        outside = (centres >= 1).any(-1, keepdim=True)
+        boxes = (self.bbox_embed(x).to(start.dtype) + start).masked_fill(outside, 0).sigmoid()
+        logits = self.class_embed(x).to(start.dtype).masked_fill(outside, NO_SCORE)
+        logits = F.pad(logits, (0, 0, 0, self.number), value=NO_SCORE)
+        boxes = F.pad(boxes, (0, 0, 0, self.number), value=0.5)
+        best = logits.detach().amax(-1).topk(self.number)[1]
+        return logits, boxes, boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
+
+
 class AnchorDecoder(nn.Module):
-    """Decoder whose queries are boxes: each layer looks in and around its box and moves it."""
+    """Decoder whose queries are boxes: each layer looks in and around its box and moves it.
+
+    The first boxes are the best proposals (two_stage), or learned, a grid at the start (Liu et al. 2022, DAB-DETR).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dim = dim = config.hidden_dim
-        self.layers = nn.ModuleList(
-            AnchorDecoderLayer(dim, config.nheads, config.dim_feedforward, config.dropout)
-            for _ in range(config.dec_layers)
-        )
+        self.layers = nn.ModuleList(AnchorDecoderLayer(config) for _ in range(config.dec_layers))
         self.norm = nn.LayerNorm(dim)
         self.box_position = MLP(2 * dim, dim, dim, 2)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         for layer in self.layers:
-            layer.reset_places()
+            layer.cross_attn.reset_places()
         self.content = nn.Parameter(torch.randn(config.num_queries, dim) * 0.02)
         self.label_embed = nn.Embedding(config.num_classes, dim)  # content of denoising queries
         nn.init.normal_(self.label_embed.weight, std=0.02)
-        self.anchors = nn.Parameter(inverse_sigmoid(_grid_of_anchors(config.num_queries)))
+        if config.two_stage:
+            self.proposals = Proposals(config)
+        else:
+            self.anchors = nn.Parameter(inverse_sigmoid(_grid_of_anchors(config.num_queries)))
 
     def forward(
-        self, memory: Tensor, mask: Tensor, centres: Tensor, bbox_embed: nn.Module,
-        denoising: DenoisingQueries | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """memory [B, D, h, w], mask [B, h, w] true where padded, centres [B, h * w, 2] of its cells
-        -> (normalised outputs [L, B, P + Q, D], boxes [L, B, P + Q, 4])."""
-        batch = memory.shape[0]
-        pos = sine_of_points(centres, self.dim // 2).to(memory.dtype)
-        cells = _cell_features(centres)
-        key_mask = ~mask.flatten(1)[:, None, None, :]
-        memory = memory.flatten(2).transpose(1, 2)
+        self, pyramid: Pyramid, bbox_embed: nn.Module, denoising: DenoisingQueries | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """-> (normalised outputs [L, B, P + Q, D], boxes [L, B, P + Q, 4], logits and boxes of the proposals)."""
+        batch, dtype = pyramid.sizes.shape[0], pyramid.maps[0].dtype
         tgt = self.content.expand(batch, -1, -1)
-        anchors = self.anchors.sigmoid().expand(batch, -1, -1)
+        proposed = None
+        if hasattr(self, "proposals"):
+            level = min(1, len(pyramid.maps) - 1)  # finer ones would cost more than all else
+            *proposed, anchors = self.proposals(pyramid.strides[level], pyramid.maps[level], pyramid.sizes)
+        else:
+            anchors = self.anchors.sigmoid().expand(batch, -1, -1)
         self_mask = None
         if denoising is not None:
             tgt = torch.cat([self.label_embed(denoising.labels), tgt], 1)
             anchors = torch.cat([denoising.boxes.to(anchors.dtype), anchors], 1)
             slots = denoising.labels.shape[1] // denoising.groups
-            self_mask = denoising_mask(len(self.content), denoising.groups, slots, memory.device)
+            self_mask = denoising_mask(len(self.content), denoising.groups, slots, anchors.device)
         elif self.training:
             tgt = tgt + 0 * self.label_embed.weight.sum()  # every worker's graph holds every parameter
         outputs, boxes = [], []
         for layer in self.layers:
-            query_pos = self.box_position(sine_of_boxes(anchors, self.dim // 2).to(memory.dtype))
-            tgt = layer(tgt, query_pos, anchors, memory, pos, cells, key_mask, self_mask)
+            query_pos = self.box_position(sine_of_boxes(anchors, self.dim // 2).to(dtype))
+            tgt = layer(tgt, query_pos, anchors, pyramid, self_mask)
             normed = self.norm(tgt)
-            box = (bbox_embed(normed).float() + inverse_sigmoid(anchors)).sigmoid()
+            box = (bbox_embed(normed).to(anchors.dtype) + inverse_sigmoid(anchors)).sigmoid()
             outputs.append(normed)
             boxes.append(box)
             anchors = box.detach()
-        return torch.stack(outputs), torch.stack(boxes)
-
-
-def _cell_features(centres: Tensor) -> Tensor:
-    """x², x, y², y, 1 of the cells' centres [B, N, 2], x and y counted from the image's middle: [B, N, 5]."""
-    x, y = (centres - 0.5).unbind(-1)
-    return torch.stack([x.square(), x, y.square(), y, torch.ones_like(x)], -1)
-
-
-def _pull(place: Tensor, anchors: Tensor) -> Tensor:
-    """What, times `_cell_features`, is minus the sharp squared distance from each head's place in box units.
-
-    place [B, heads, Q, 3] (x, y in units of the box, log sharpness), anchors [B, Q, 4] -> [B, heads, Q, 5].
-    """
-    size = anchors[:, None, :, 2:].clamp(min=0.02)
-    target = anchors[:, None, :, :2] - 0.5 + place[..., :2] * size
-    weight = -place[..., 2:].exp() / size.square()  # of each axis' squared distance in the image
-    constant = (weight * target.square()).sum(-1)
-    (wx, wy), (tx, ty) = weight.unbind(-1), target.unbind(-1)
-    return torch.stack([wx, -2 * wx * tx, wy, -2 * wy * ty, constant], -1)
+        return torch.stack(outputs), torch.stack(boxes), proposed
 
 
 def _grid_of_anchors(number: int) -> Tensor:

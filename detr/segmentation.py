@@ -124,8 +124,8 @@ class DETRsegm(nn.Module):
         images [B, 3, H, W], mask [B, H, W] true where padded. Group norms read the padded part, too: masks
         depend on the padded size, as in the published model.
         """
-        features = self.backbone[0].stages(images)
-        out, decoded = self.detr.detect(*features[-2:], mask, denoising)
+        features = self.backbone[0](images)
+        out, decoded = self.detr.detect(features, mask, denoising)
         maps = self.bbox_attention(decoded.queries, decoded.memory, decoded.mask)
         out["pred_masks"] = self.mask_head(decoded.src, maps, features[-2::-1])
         return out

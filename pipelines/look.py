@@ -134,7 +134,7 @@ def _small_boxes(dataset: dict[str, Any], train: pa.Table, model: ModelConfig) -
             body = build_backbone(model)[0]
     except ValueError as error:
         raise UserError(f"model.backbone: {error}.", 2) from error
-    cell = body.fine_stride if model.queries == "anchors" else body.stride
+    cell = body.strides[-model.levels if model.queries == "anchors" else -1]
     sizes = np.stack([train["width"].to_numpy(), train["height"].to_numpy()], 1)
     different, which = np.unique(sizes, axis=0, return_inverse=True)
     seen = np.array([input_size(model, *size) for size in different.tolist()])[which]

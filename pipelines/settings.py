@@ -137,7 +137,7 @@ class SweepSettings(Settings):
     space: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default={
             "loss.cost_class": [2.0, 1.0, 3.0],
-            "loss.loss_ce": [2.0, 1.0, 3.0],
+            "loss.loss_ce": [1.0, 0.5, 2.0],
             "loss.loss_giou": [2.0, 3.0, 1.0],
             "train.lr": [1.2e-3, 2e-3, 8e-4],
         },

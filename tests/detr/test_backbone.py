@@ -32,7 +32,7 @@ def test_features_and_gradients_are_those_of_torchvision(name, norm, dilation):
     found = {}
     for way in ("folded", "torchvision"):
         backbone.zero_grad()
-        fine, coarse = backbone(images) if way == "folded" else backbone.body(images).values()
+        fine, coarse = backbone(images)[-2:] if way == "folded" else backbone.body(images).values()
         (fine.square().mean() + coarse.square().mean()).backward()
         found[way] = [fine, coarse, *(p.grad for p in backbone.parameters() if p.grad is not None)]
     trained = sum(p.requires_grad for p in backbone.parameters())
@@ -52,7 +52,7 @@ def test_a_model_folded_for_inference_is_a_copy_without_norms(make):
     assert backbone.training and not folded.training
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
     images = torch.rand(2, 3, 64, 96, dtype=torch.float64)
-    for own, theirs in zip(folded.stages(images), backbone.eval().stages(images), strict=True):
+    for own, theirs in zip(folded(images), backbone.eval()(images), strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-9, atol=1e-12)
     with torch.no_grad():  # nothing of the copy is shared
         next(p for p in backbone.parameters() if p.requires_grad).fill_(1)

@@ -15,7 +15,7 @@ from detr.config import LossConfig, ModelConfig
 from detr.criterion import SetCriterion
 from detr.matcher import HungarianMatcher, NonFiniteOutputs
 from detr.model import DETR, all_layers
-from detr.position import PositionEmbeddingLearned, cell_centres, sine_of_boxes, sine_of_points
+from detr.position import PositionEmbeddingLearned, cell_centres, image_sizes, sine_of_boxes, sine_of_points
 from detr.postprocess import PostProcess
 from detr.queries import make_denoising_queries
 from detr.transformer import Transformer
@@ -36,7 +36,8 @@ def make_model(config: ModelConfig) -> DETR:
     nn.init.normal_(model.bbox_embed.layers[-1].weight, std=0.3)
     if config.queries == "anchors":
         for layer in model.decoder.layers:
-            nn.init.normal_(layer.place.weight, std=0.1)
+            nn.init.normal_(layer.cross_attn.places.weight, std=0.1)
+            nn.init.normal_(layer.cross_attn.shares.weight, std=0.3)
     return model
 
 
@@ -127,7 +128,7 @@ def test_outputs_hold_every_layer_the_last_one_last(config):
     assert torch.equal(boxes[0], outputs["aux_outputs"][0]["pred_boxes"])
     assert boxes.min() >= 0 and boxes.max() <= 1
     without = make_model(config.model_copy(update={"aux_loss": False})).eval()(images, mask)
-    assert set(without) == {"pred_logits", "pred_boxes"}
+    assert set(without) - {"proposals"} == {"pred_logits", "pred_boxes"}
     assert torch.equal(without["pred_logits"], outputs["pred_logits"])
 
 
@@ -136,24 +137,22 @@ def test_centres_of_cells_are_where_the_boxes_count_from():
     for height, width in ((16, 24), (32, 40)):
         mask = torch.ones(1, height, width, dtype=torch.bool)
         mask[:, :12, :20] = False
-        centres = cell_centres(mask, height // 8, width // 8, 8).view(height // 8, width // 8, 2)
+        centres = cell_centres(image_sizes(mask), height // 8, width // 8, 8).view(height // 8, width // 8, 2)
         torch.testing.assert_close(centres[:2, :3, 0], torch.tensor([[4, 12, 20]] * 2) / 20)
         torch.testing.assert_close(centres[:2, :3, 1], torch.tensor([[4] * 3, [12] * 3]) / 12)
     same = sine_of_boxes(torch.cat([centres, torch.rand(*centres.shape)], -1), 8)[..., :16]
     torch.testing.assert_close(sine_of_points(centres, 8), same)
 
 
-def test_padded_cells_of_the_memory_are_not_looked_at(config):
-    """What stands in padding does not reach any query, in either decoder."""
+def test_padded_cells_of_the_memory_are_not_looked_at():
+    """What stands in padding does not reach any query. (Anchor queries get it as zero; they are tested on images.)"""
     mask = torch.zeros(1, 4, 6, dtype=torch.bool)
     mask[:, :, 4:] = mask[:, 3:] = True
     memory = torch.randn(1, 32, 4, 6, generator=torch.Generator().manual_seed(0))
-    model = make_model(config).eval()
+    model = make_model(LEARNED).eval()
     pos = model.backbone[1](mask).flatten(2).transpose(1, 2)
 
     def decode(x: torch.Tensor) -> torch.Tensor:
-        if config.queries == "anchors":
-            return model.decoder(x, mask, cell_centres(mask, 4, 6, 1), model.bbox_embed, None)[0]
         allowed = ~mask.flatten(1)[:, None, None, :]
         return model.transformer(x.flatten(2).transpose(1, 2), pos, allowed, model.query_embed.weight)
 
@@ -175,19 +174,6 @@ def test_attention_is_that_of_torch_with_the_same_weights():
     allowed = ~padded[:, None, None, :]
     torch.testing.assert_close(own(query, key, value, allowed), want, rtol=0, atol=1e-5)
     torch.testing.assert_close(own.explicit(query, key, value, allowed)[1], want_weights, rtol=0, atol=1e-5)
-
-
-def test_a_factored_bias_is_added_to_the_logits():
-    torch.manual_seed(0)
-    attention = MultiheadAttention(16, 4)
-    query, key, value = torch.randn(2, 5, 16), torch.randn(2, 9, 16), torch.randn(2, 9, 16)
-    left, right = torch.randn(2, 4, 5, 3), torch.randn(2, 9, 3)
-    padded = torch.zeros(2, 1, 1, 9, dtype=torch.bool)
-    padded[1, ..., 6:] = True
-    product = (left @ right[:, None].transpose(-1, -2)).masked_fill(padded, float("-inf"))
-    want = attention(query, key, value, product)
-    torch.testing.assert_close(attention(query, key, value, ~padded, (left, right)), want, rtol=0, atol=1e-5)
-    assert (attention(query, key, value, ~padded) - want).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("pre_norm", [False, True], ids=["post_norm", "pre_norm"])
@@ -247,7 +233,7 @@ def test_learned_positions_end_at_fifty_cells():
 
 
 def test_features_of_odd_sizes_round_up():
-    fine, coarse = SmallBackbone().eval()(torch.zeros(1, 3, 65, 97))
+    *_, fine, coarse = SmallBackbone().eval()(torch.zeros(1, 3, 65, 97))
     assert fine.shape == (1, 128, 9, 13) and coarse.shape == (1, 128, 5, 7)
 
 
@@ -259,8 +245,8 @@ def test_frozen_norms_do_not_move_in_training_and_dilation_halves_the_stride():
     assert all(torch.equal(v, before[k]) for k, v in model.backbone.state_dict().items())
     with torch.device("meta"):
         plain, dilated = (DETR(ModelConfig(dilation=dilation)).backbone[0] for dilation in (False, True))
-        assert plain(torch.zeros(1, 3, 64, 96))[1].shape == (1, 2048, 2, 3)
-        assert dilated(torch.zeros(1, 3, 64, 96))[1].shape == (1, 2048, 4, 6)
+        assert plain(torch.zeros(1, 3, 64, 96))[-1].shape == (1, 2048, 2, 3)
+        assert dilated(torch.zeros(1, 3, 64, 96))[-1].shape == (1, 2048, 4, 6)
 
 
 def test_dilated_features_are_those_of_torchvisions_dilated_network():
@@ -273,7 +259,7 @@ def test_dilated_features_are_those_of_torchvisions_dilated_network():
     with torch.no_grad():
         x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
         want = net.layer4(net.layer3(net.layer2(x)))
-        found = model.backbone[0](images)[1]
+        found = model.backbone[0](images)[-1]
     assert found.shape == (1, 2048, 4, 6)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 * want.max().item())  # the norms are folded
 
@@ -302,7 +288,7 @@ def test_frozen_norms_go_with_either_kind_of_query(queries, position):
 def test_every_resnet_of_torchvision_is_a_backbone(name, channels):
     assert sorted(RESNETS) == torchvision.models.list_models(torchvision.models, include=["resn*t*", "wide_resnet*"])
     with torch.device("meta"):
-        fine, coarse = ResNetBackbone(name, "frozen", False)(torch.zeros(1, 3, 64, 96))
+        *_, fine, coarse = ResNetBackbone(name, "frozen", False)(torch.zeros(1, 3, 64, 96))
     assert fine.shape == (1, channels // 2, 4, 6) and coarse.shape == (1, channels, 2, 3)
 
 
@@ -397,7 +383,7 @@ def test_one_copy_to_the_host_in_matching_losses_and_their_gradients(kind, count
         denoising = make_denoising_queries(targets, config.denoising, 4, torch.Generator().manual_seed(0))
         losses = criterion(model(images, mask, denoising), targets, denoising)
         criterion.total(losses).backward()
-    assert copies.seen == ["cpu"]
+    assert copies.seen == ["cpu"] * (1 + config.two_stage)  # that of the proposals is a matching of its own
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (3, 0), (9, 2)], ids=["all_empty", "one_empty", "more_than_queries"])

@@ -40,8 +40,9 @@ def test_every_weight_moves_and_tables_heads_and_the_first_convolution_move_as_i
     assert all(not torch.equal(after[name], before[name]) for name in after)
     same = {name for name in after if torch.equal(after[name], plain[name])}
     assert {name for name in same if before[name].dim() > 1} == {
-        "class_embed.weight", "decoder.content", "decoder.anchors", "decoder.label_embed.weight",
-        "decoder.layers.0.place.weight", "backbone.0.stem.0.weight",
+        "class_embed.weight", "decoder.content", "decoder.label_embed.weight", "decoder.proposals.class_embed.weight",
+        "decoder.layers.0.cross_attn.places.weight", "decoder.layers.0.cross_attn.shares.weight",
+        "backbone.0.stem.0.weight",
     }  # fmt: skip
     assert all(name in same for name in after if before[name].dim() == 1)
 

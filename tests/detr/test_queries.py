@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from detr.config import DenoisingConfig, ModelConfig
+from detr.config import DenoisingConfig, LossConfig, ModelConfig
+from detr.criterion import SetCriterion
 from detr.model import DETR, all_layers
-from detr.queries import denoising_mask, make_denoising_queries
+from detr.queries import DeformableAttention, Proposals, Pyramid, denoising_mask, make_denoising_queries
 
 CONFIG = ModelConfig(
     preset="tiny", hidden_dim=32, nheads=4, dim_feedforward=64, num_queries=10, num_classes=4, dec_layers=2
@@ -40,7 +42,8 @@ def model() -> DETR:
     nn.init.normal_(model.decoder.label_embed.weight)
     nn.init.normal_(model.decoder.content)
     for layer in model.decoder.layers:
-        nn.init.normal_(layer.place.weight, std=0.1)
+        nn.init.normal_(layer.cross_attn.places.weight, std=0.1)
+        nn.init.normal_(layer.cross_attn.shares.weight, std=0.3)
     return model
 
 
@@ -142,7 +145,7 @@ def test_nothing_to_denoise_without_boxes_or_groups():
 
 def test_the_first_boxes_are_the_anchors_on_a_grid(images):
     torch.manual_seed(0)
-    _, boxes = all_layers(DETR(CONFIG).eval()(*images))
+    _, boxes = all_layers(DETR(CONFIG.model_copy(update={"two_stage": False})).eval()(*images))
     want = boxes[0, 0]
     torch.testing.assert_close(boxes, want.expand_as(boxes), rtol=0, atol=1e-5)  # of both layers and images
     assert len({tuple(centre) for centre in want[:, :2].mul(1e3).round().int().tolist()}) == 10
@@ -166,6 +169,86 @@ def test_a_layer_starts_from_the_boxes_of_the_one_before(model, images):
 def test_heads_start_apart_whatever_their_number(heads, images):
     torch.manual_seed(0)
     model = DETR(CONFIG.model_copy(update={"nheads": heads})).eval()
-    places = model.decoder.layers[0].place.bias.view(heads, 3)
-    assert len({tuple(place) for place in places.tolist()}) == heads
+    places = model.decoder.layers[0].cross_attn.places.bias.view(heads, 3, 4, 2)  # of every head, level and point
+    assert len({tuple(place) for place in places[:, 0, 0].tolist()}) == heads
+    assert places.abs().max() <= 0.5  # in the box
     assert torch.isfinite(model(*images)["pred_logits"]).all()
+
+
+# ---------------------------------------------------------------- proposals
+
+
+def test_the_best_proposals_are_the_first_boxes(images):
+    """Cells without a score in the class head's eyes never come before others, nor does padding."""
+    torch.manual_seed(0)
+    proposals = Proposals(CONFIG)
+    nn.init.normal_(proposals.class_embed.weight)
+    x, sizes = torch.randn(2, 8, 12, 32, generator=generator(4)), torch.tensor([[96, 64], [96, 48]])
+    logits, boxes, anchors = proposals(8, x, sizes)
+    assert logits.shape == (2, 8 * 12 + 10, 4) and boxes.shape == (2, 8 * 12 + 10, 4) and anchors.shape == (2, 10, 4)
+    for image in range(2):
+        order = sorted(range(106), key=lambda i: -logits[image, i].max())[:10]
+        torch.testing.assert_close(anchors[image], boxes[image, order])
+    # Boxes start at their cell's centre; the second image ends after six rows of cells.
+    torch.testing.assert_close(boxes[0, 13], torch.tensor([12 / 96, 12 / 64, 32 / 96, 32 / 64]))
+    assert (logits[1, 72:] == -20).all() and not (logits[1, :72] == -20).any() and not anchors.requires_grad
+
+
+def test_an_image_of_fewer_cells_than_queries_has_all_its_queries():
+    model = DETR(CONFIG).eval()
+    with torch.no_grad():
+        out = model(torch.zeros(1, 3, 17, 17), torch.zeros(1, 17, 17, dtype=torch.bool))
+    assert out["pred_boxes"].shape == (1, 10, 4) and torch.isfinite(out["pred_logits"]).all()
+
+
+def test_proposals_learn_from_the_same_targets(images):
+    """A loss of their own, which reaches the backbone; the decoder's does not come back through its first boxes."""
+    torch.manual_seed(0)
+    model = DETR(CONFIG).train()
+    losses = SetCriterion(CONFIG, LossConfig())(model(*images), some_targets([3, 1]))
+    enc = losses["loss_ce_enc"] + losses["loss_bbox_enc"] + losses["loss_giou_enc"]
+    assert enc.isfinite() and enc > 0
+    weights = (model.decoder.proposals.class_embed.weight, model.backbone[0].stem[0].weight)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(enc, weights, retain_graph=True))
+    rest = sum(v for k, v in losses.items() if k.startswith("loss") and not k.endswith("_enc"))
+    assert torch.autograd.grad(rest, weights, allow_unused=True)[0] is None
+
+
+# ---------------------------------------------------------------- attention to places
+
+
+def test_places_are_read_as_grid_sample_reads_them():
+    """Against F.grid_sample of every head's channels, whose corners are those of the padded map."""
+    torch.manual_seed(0)
+    attention = DeformableAttention(16, 4, 2, 3).double()
+    nn.init.normal_(attention.places.weight, std=0.5)
+    nn.init.normal_(attention.shares.weight)
+    query, boxes = torch.randn(2, 5, 16).double(), (torch.rand(2, 5, 4) * 0.8 + 0.1).double()
+    maps = [torch.randn(2, 4, 6, 16).double(), torch.randn(2, 8, 12, 16).double()]
+    sizes = torch.tensor([[96, 64], [80, 50]])
+    found = attention(query, boxes, Pyramid((16, 8), maps, sizes))
+    places = attention.places(query).view(2, 5, 4, 2, 3, 2)
+    shares = attention.shares(query).view(2, 5, 4, 6).softmax(-1).view(2, 5, 4, 2, 3)
+    at = boxes[:, :, None, None, None, :2] + places * boxes[:, :, None, None, None, 2:]
+    want = torch.zeros(2, 5, 4, 4).double()
+    for level, x in enumerate(maps):
+        grid = at[:, :, :, level] * sizes[:, None, None, None] / torch.tensor([96, 64]) * 2 - 1
+        for head in range(4):
+            channels = x[..., head * 4 : head * 4 + 4].permute(0, 3, 1, 2)
+            read = F.grid_sample(channels, grid[:, :, head], align_corners=False)  # [B, 4, Q, points]
+            want[:, :, head] += (read * shares[:, None, :, head, level]).sum(-1).transpose(1, 2)
+    torch.testing.assert_close(found, attention.out_proj(want.flatten(2)))
+
+
+def test_gradients_of_places_and_maps_are_true():
+    torch.manual_seed(0)
+    attention = DeformableAttention(4, 2, 2, 2).double()
+    nn.init.normal_(attention.places.weight, std=0.3)
+    nn.init.normal_(attention.shares.weight)
+    query, boxes = torch.randn(1, 2, 4).double(), (torch.rand(1, 2, 4) * 0.5 + 0.2).double()
+    maps = [torch.randn(1, 3, 3, 4).double(), torch.randn(1, 6, 6, 4).double()]
+
+    def run(query, boxes, *maps):
+        return attention(query, boxes, Pyramid((16, 8), list(maps), torch.tensor([[48, 48]])))
+
+    torch.autograd.gradcheck(run, [x.requires_grad_() for x in (query, boxes, *maps)])

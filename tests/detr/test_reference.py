@@ -132,7 +132,7 @@ def test_intermediate_features():
     stored, batch = tensors(fill.load_npz(CASE)), tensors(fill.load_npz("batch_a"))
     model = case_model(torch.float32)
     with torch.no_grad():
-        _, feature = model.backbone[0](batch["padded"])
+        *_, feature = model.backbone[0](batch["padded"])
         mask = stored["feature_mask"]
         pos = model.backbone[1](mask).flatten(2).transpose(1, 2)
         src = model.input_proj(feature).flatten(2).transpose(1, 2)
