@@ -79,10 +79,10 @@ def _on_the_finest(places: Tensor, shares: Tensor, pyramid: Pyramid) -> Tensor:
     A place lies between four cells, which share its weight (bilinear); on a coarse map each passes it on to the
     finest cells that it covers.
     """
-    total, size = 0, pyramid.maps[-1].shape[1:3]
+    total, size = 0, pyramid.maps[-1].shape[2:]
     around = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], device=places.device)
     for level, (stride, x) in enumerate(zip(pyramid.strides, pyramid.maps, strict=True)):
-        height, width = x.shape[1:3]
+        height, width = x.shape[2:]
         at = (places[:, :, :, level] / stride - 0.5)[..., None, :]
         corners = at.floor() + around  # [B, Q, heads, points, 4, 2]
         inside = ((corners >= 0) & (corners < torch.tensor([width, height], device=at.device))).all(-1)

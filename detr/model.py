@@ -116,11 +116,13 @@ class DETR(nn.Module):
             coarse = maps[-1].permute(0, 3, 1, 2)
             up = F.interpolate(coarse, scale_factor=factor, mode="bilinear", align_corners=False)
             # The last coarse cell may lie half outside. (A slice would keep torch.export from leaving sizes open.)
-            for axis in (2, 3):
-                up = up.index_select(axis, torch.arange(fine.shape[axis], device=up.device))
+            if torch.compiler.is_exporting() or up.shape[2:] != fine.shape[2:]:
+                for axis in (2, 3):
+                    up = up.index_select(axis, torch.arange(fine.shape[axis], device=up.device))
             maps.append(norm((proj(fine) + up).permute(0, 2, 3, 1)))
-        outside = (_shrink(mask, x)[..., None] for x in features[: -1 - len(maps) : -1])
-        return Pyramid(tuple(strides), [x.masked_fill(o, 0) for x, o in zip(maps, outside, strict=True)], sizes)
+        outside = (_shrink(mask, x)[:, None] for x in features[: -1 - len(maps) : -1])
+        maps = [x.permute(0, 3, 1, 2).masked_fill(o, 0).contiguous() for x, o in zip(maps, outside, strict=True)]
+        return Pyramid(tuple(strides), maps, sizes)
 
     def parameter_groups(self, lr: float, lr_backbone: float) -> list[dict]:
         """The two published optimiser groups: the backbone's trainable weights, and all others.

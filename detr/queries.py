@@ -26,7 +26,7 @@ class Pyramid(NamedTuple):
     """Maps of one image batch at several strides, coarse to fine."""
 
     strides: tuple[int, ...]
-    maps: list[Tensor]  # [B, h, w, D] each, zero where padded
+    maps: list[Tensor]  # [B, D, h, w] each, zero where padded
     sizes: Tensor  # [B, 2], width and height of the images in pixels
 
 
@@ -138,8 +138,8 @@ class DeformableAttention(nn.Module):
         places, shares = self.look(query, boxes, pyramid.sizes)
         read = []
         for level, (stride, x) in enumerate(zip(pyramid.strides, pyramid.maps, strict=True)):
-            channels = x.unflatten(3, (self.heads, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B * heads, d, h, w]
-            whole = torch.tensor([x.shape[2] * stride, x.shape[1] * stride], device=x.device)
+            channels = x.unflatten(1, (self.heads, -1)).flatten(0, 1)  # [B * heads, d, h, w]
+            whole = torch.tensor([x.shape[3] * stride, x.shape[2] * stride], device=x.device)
             grid = (places[:, :, :, level] / whole * 2 - 1).transpose(1, 2).flatten(0, 1)  # [B * heads, Q, points, 2]
             read.append(F.grid_sample(channels.to(grid.dtype), grid, align_corners=False))
         shares = shares.transpose(1, 2).flatten(3).flatten(0, 1)[:, None]  # [B * heads, 1, Q, levels * points]
@@ -198,15 +198,15 @@ class Proposals(nn.Module):
         nn.init.zeros_(self.bbox_embed.layers[-1].bias)
 
     def forward(self, stride: int, x: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A map [B, h, w, D] and the images' sizes [B, 2] -> (logits [B, N, C], boxes [B, N, 4], anchors [B, Q, 4]).
+        """A map [B, D, h, w] and the images' sizes [B, 2] -> (logits [B, N, C], boxes [B, N, 4], anchors [B, Q, 4]).
 
         A box starts at its cell's centre, four cells wide and high. Padding, and as many candidates more as there
         are anchors, so that these are always enough, are the image's middle without a score.
         """
-        centres = cell_centres(sizes, *x.shape[1:3], stride)
+        centres = cell_centres(sizes, *x.shape[2:], stride)
         side = (4 * stride / sizes).clamp(max=0.9)[:, None].expand_as(centres)
         start = inverse_sigmoid(torch.cat([centres.clamp(max=1), side], -1))
-        x = x.flatten(1, 2)
+        x = x.flatten(2).transpose(1, 2)
         outside = (centres >= 1).any(-1, keepdim=True)
         boxes = (self.bbox_embed(x).to(start.dtype) + start).masked_fill(outside, 0).sigmoid()
         logits = self.class_embed(x).to(start.dtype).masked_fill(outside, NO_SCORE)

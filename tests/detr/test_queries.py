@@ -183,7 +183,7 @@ def test_the_best_proposals_are_the_first_boxes(images):
     torch.manual_seed(0)
     proposals = Proposals(CONFIG)
     nn.init.normal_(proposals.class_embed.weight)
-    x, sizes = torch.randn(2, 8, 12, 32, generator=generator(4)), torch.tensor([[96, 64], [96, 48]])
+    x, sizes = torch.randn(2, 32, 8, 12, generator=generator(4)), torch.tensor([[96, 64], [96, 48]])
     logits, boxes, anchors = proposals(8, x, sizes)
     assert logits.shape == (2, 8 * 12 + 10, 4) and boxes.shape == (2, 8 * 12 + 10, 4) and anchors.shape == (2, 10, 4)
     for image in range(2):
@@ -224,7 +224,7 @@ def test_places_are_read_as_grid_sample_reads_them():
     nn.init.normal_(attention.places.weight, std=0.5)
     nn.init.normal_(attention.shares.weight)
     query, boxes = torch.randn(2, 5, 16).double(), (torch.rand(2, 5, 4) * 0.8 + 0.1).double()
-    maps = [torch.randn(2, 4, 6, 16).double(), torch.randn(2, 8, 12, 16).double()]
+    maps = [torch.randn(2, 16, 4, 6).double(), torch.randn(2, 16, 8, 12).double()]
     sizes = torch.tensor([[96, 64], [80, 50]])
     found = attention(query, boxes, Pyramid((16, 8), maps, sizes))
     places = attention.places(query).view(2, 5, 4, 2, 3, 2)
@@ -234,7 +234,7 @@ def test_places_are_read_as_grid_sample_reads_them():
     for level, x in enumerate(maps):
         grid = at[:, :, :, level] * sizes[:, None, None, None] / torch.tensor([96, 64]) * 2 - 1
         for head in range(4):
-            channels = x[..., head * 4 : head * 4 + 4].permute(0, 3, 1, 2)
+            channels = x[:, head * 4 : head * 4 + 4]
             read = F.grid_sample(channels, grid[:, :, head], align_corners=False)  # [B, 4, Q, points]
             want[:, :, head] += (read * shares[:, None, :, head, level]).sum(-1).transpose(1, 2)
     torch.testing.assert_close(found, attention.out_proj(want.flatten(2)))
@@ -246,7 +246,7 @@ def test_gradients_of_places_and_maps_are_true():
     nn.init.normal_(attention.places.weight, std=0.3)
     nn.init.normal_(attention.shares.weight)
     query, boxes = torch.randn(1, 2, 4).double(), (torch.rand(1, 2, 4) * 0.5 + 0.2).double()
-    maps = [torch.randn(1, 3, 3, 4).double(), torch.randn(1, 6, 6, 4).double()]
+    maps = [torch.randn(1, 4, 3, 3).double(), torch.randn(1, 4, 6, 6).double()]
 
     def run(query, boxes, *maps):
         return attention(query, boxes, Pyramid((16, 8), list(maps), torch.tensor([[48, 48]])))
