@@ -8,9 +8,9 @@ Without --data the images are the built-in ones, with ours as in configs/sample.
 instances_train.json and instances_val.json, and ours has its default settings.
 
 Every side runs in a fresh process, one after the other, on the same images, with the same augmentation (ours), at the
-same input size (that of the first --preset). The schedule of each follows the share of the minutes that is spent, so
-that all train equally long; AP is measured on val, 100 detections per image at the most, after equal shares of the
-minutes, and measuring it does not count.
+same input size (that of the first --preset, fitted to the data). The schedule of each follows the share of the minutes
+that is spent, so that all train equally long; AP is measured on val, 100 detections per image at the most, after equal
+shares of the minutes, and measuring it does not count.
 
 DETR R50 is the model and recipe of configs/detr_resnet50.yaml with 16 images per step, but for what would make a straw
 man of it here: the input size, and what presumes a trained backbone (frozen norms, its tenth of the learning rate).
@@ -47,9 +47,10 @@ from detr.model import count_parameters
 from detr.transforms import input_size, resize_to, to_uint8
 from pipelines.detect import Detector
 from pipelines.feed import Feed, open_feed
+from pipelines.fit import fit_to_data
 from pipelines.settings import RunSettings, UserError, load_settings
 from pipelines.stage import read_json
-from pipelines.train import _train_step, lr_factor, set_up, update_average, validate
+from pipelines.train import lr_factor, set_up, train_step, update_average, validate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED, OURS, FASTER_RCNN = "published DETR R50", "ours, ", "Faster R-CNN R50"
@@ -57,10 +58,17 @@ LEVELS = (0.1, 0.3, 0.5)  # of AP, and the minutes until they are reached
 DROPS = (16 / 26, 22 / 26)  # shares of torchvision's own 26 epochs
 
 
-def make_settings(side: str, presets: tuple[str, ...], built_in: bool, seed: int) -> RunSettings:
-    """The settings of a side; images, augmentation and input size are the same for all. Raises UserError."""
+def make_settings(
+    side: str, presets: tuple[str, ...], built_in: bool, seed: int, dataset: Path | None = None
+) -> RunSettings:
+    """The settings of a side; images, augmentation and input size are the same for all. Raises UserError.
+
+    The size is that of the first preset, fitted to the ingested dataset where one is given.
+    """
     config = CONFIGS / "sample.yaml" if built_in else None
     ours = load_settings(config, [f"model.preset={presets[0]}"])
+    if dataset:
+        ours, _ = fit_to_data(ours, dataset)
     size = {key: getattr(ours.model, key) for key in ("image_size", "image_max_size", "upscale")}
     same = [f"model.{key}={value}" for key, value in size.items()] + [f"seed={seed}"]
     if side == PUBLISHED:
@@ -94,7 +102,7 @@ class OurLearner:
         factor = lr_factor(step, step / share if share else None, options)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        _train_step(self.model, self.criterion, self.optimizer, batch, step, self.settings, 0)
+        train_step(self.model, self.criterion, self.optimizer, batch, step, self.settings, 0)
         update_average(self.ema, self.model, options.ema_decay)
 
     def detector(self) -> Detector:
@@ -193,9 +201,8 @@ def measure(
     "step", "AP", "AP50"}], "stopped": why it could not go on, or None}; AP is 0 from then on."""
     torch.set_float32_matmul_precision("high")  # as in training
     dataset = read_json(dataset_folder / "dataset.json")
-    model = settings.model.model_copy(update={"num_classes": len(dataset["categories"])})
-    settings = settings.model_copy(update={"model": model})
-    options = settings.train
+    settings, _ = fit_to_data(settings, dataset_folder)
+    model, options = settings.model, settings.train
     make = FasterRCNNLearner if side == FASTER_RCNN else OurLearner
     learner = make(settings, dataset["categories"], device)
     feed = open_feed(
@@ -319,7 +326,7 @@ def main(data, presets, minutes, points, seeds, plot, device, threads, as_json, 
     if threads:
         torch.set_num_threads(threads)
     if side:
-        settings = make_settings(side, presets, data is None, own_seed)
+        settings = make_settings(side, presets, data is None, own_seed, dataset)
         write_result(folder, measure(side, settings, dataset, 60 * minutes, points, torch.device(device)), None)
         return
     sides = [PUBLISHED, *(OURS + preset for preset in dict.fromkeys(presets)), FASTER_RCNN]
@@ -329,6 +336,7 @@ def main(data, presets, minutes, points, seeds, plot, device, threads, as_json, 
             settings = [make_settings(name, presets, data is None, 0) for name in sides]
             with redirect_stdout(sys.stderr):
                 dataset = make_dataset(settings[1], data, Path(place))
+            model = make_settings(sides[1], presets, data is None, 0, dataset).model
         except UserError as error:
             failure = click.ClickException(str(error))
             failure.exit_code = error.exit_code
@@ -340,7 +348,6 @@ def main(data, presets, minutes, points, seeds, plot, device, threads, as_json, 
                 runs[name].append(run_side(name, Path(place) / str(seed) / name, True, given))
     found = {name: summarise(results) for name, results in runs.items()}
     images = "built-in images" if data is None else data.resolve().name
-    model = settings[1].model
     title = f"{minutes:g} minutes from random weights, {images}"
     if plot:
         plot_runs(found, plot, f"{title}\n{machine(device)}")

@@ -20,6 +20,7 @@ from detr.backbone import build_backbone
 from detr.config import ModelConfig
 from detr.transforms import input_size
 from pipelines.alike import find_alike
+from pipelines.fit import fit_to_data
 from pipelines.settings import RunSettings, UserError
 from pipelines.shards import read_split
 from pipelines.stage import read_json
@@ -54,11 +55,12 @@ class Finding(BaseModel):
 
 
 def look_at_data(dataset_folder: Path | str, settings: RunSettings) -> list[Finding]:
-    """What in an ingested dataset will hurt a training with these settings; images are not read.
+    """What in an ingested dataset will hurt a training with these settings, fitted to it; images are not read.
 
     Raises UserError where an older version made it, and for a backbone that there is not.
     """
     dataset = read_json(Path(dataset_folder) / "dataset.json")
+    settings, _ = fit_to_data(settings, dataset_folder)
     try:
         splits = {split: read_split(dataset_folder, split, COLUMNS) for split in dataset["splits"]}
     except pa.ArrowInvalid as error:

@@ -131,6 +131,23 @@ class TrainSettings(Settings):
     )
 
 
+class FitSettings(Settings):
+    """What is set from the data when a training starts (pipelines/fit.py).
+
+    By default what the settings of a model with anchor queries do not say themselves.
+    """
+
+    image_size: bool = Field(False, description="model.image_size and image_max_size, from the sizes of the boxes")
+    num_queries: bool = Field(False, description="model.num_queries, from the number of objects in an image")
+
+
+# Which switch would set a setting anew.
+FITTED = {
+    "model.image_size": "fit.image_size", "model.image_max_size": "fit.image_size",
+    "model.num_queries": "fit.num_queries",
+}  # fmt: skip
+
+
 class SweepSettings(Settings):
     trials: int = Field(3, gt=0)
     budget: Budget = Field("30 seconds", description="length of one trial, as train.budget")
@@ -187,6 +204,7 @@ class RunSettings(Settings):
     ingest: IngestSettings = IngestSettings()
     model: ModelConfig = ModelConfig.model_validate(DEFAULT_MODEL)
     loss: LossConfig = LossConfig(**FOCAL_WEIGHTS)
+    fit: FitSettings = FitSettings()
     train: TrainSettings = TrainSettings()
     sweep: SweepSettings = SweepSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -198,7 +216,8 @@ class RunSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_model(cls, values: Any) -> Any:
-        """A model told in part starts from the default preset; a focal loss has weights of its own."""
+        """A model told in part starts from the default preset; a focal loss has weights of its own; what of the model
+        is not told is fitted to the data."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
@@ -208,11 +227,18 @@ class RunSettings(Settings):
         values["model"] = model
         loss = values.get("loss") or {}
         name = model if isinstance(model, str) else model.get("preset")
-        class_loss = (model.get("class_loss") if isinstance(model, dict) else None) or PRESETS.get(
-            name, {}
-        ).get("class_loss")
+        told = model if isinstance(model, dict) else {}
+        known = {**PRESETS.get(name, {}), **told}
         if isinstance(loss, dict):
-            values["loss"] = {**(FOCAL_WEIGHTS if class_loss == "focal" else {}), **loss}
+            values["loss"] = {**(FOCAL_WEIGHTS if known.get("class_loss") == "focal" else {}), **loss}
+        fit = values.get("fit") or {}
+        if isinstance(fit, dict):
+            anchors = known.get("queries") == "anchors"
+            values["fit"] = {
+                "image_size": anchors and not {"image_size", "image_max_size"} & told.keys(),
+                "num_queries": anchors and "num_queries" not in told,
+                **fit,
+            }
         return values
 
     @model_validator(mode="after")
@@ -279,8 +305,13 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def override_settings(settings: RunSettings, changes: dict[str, Any]) -> RunSettings:
-    """A copy of the settings with dotted keys replaced; raises UserError for an unknown key."""
+    """A copy of the settings with dotted keys replaced; raises UserError for an unknown key.
+
+    What is replaced is not fitted to the data any more.
+    """
     values = settings.model_dump(mode="json")
+    fixed = {FITTED[key]: False for key in changes if key in FITTED}
+    changes = {**fixed, **changes}
     for key, value in changes.items():
         set_key(values, key, value)
     return validate_settings(values)

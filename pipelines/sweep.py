@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.fit import fit_to_data
 from pipelines.progress import console
 from pipelines.settings import RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, write_json
@@ -30,7 +31,9 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     """
     from ray import tune
 
-    settings = find_weights(settings)
+    settings, fitted = fit_to_data(find_weights(settings), dataset_folder)
+    if fitted:
+        console.print(f"Fitted to the data: {'; '.join(fitted)}.")
     folder, options = Path(folder).resolve(), settings.sweep
     present = _present(settings)
     for key, values in options.space.items():

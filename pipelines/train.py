@@ -33,6 +33,7 @@ from detr.queries import make_denoising_queries
 from pipelines.detect import Detector
 from pipelines.evaluate import coco_metrics, coco_truth, detect_rows, detections_to_coco
 from pipelines.feed import Feed, open_feed
+from pipelines.fit import fit_to_data
 from pipelines.progress import console, progress
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings, parse_budget
 from pipelines.shards import read_split, split_shards
@@ -67,7 +68,9 @@ def train(
 
     folder = Path(folder).resolve()
     dataset = read_json(dataset_folder / "dataset.json")
-    settings = find_weights(override_settings(settings, {"model.num_classes": len(dataset["categories"])}))
+    settings, fitted = fit_to_data(find_weights(settings), dataset_folder)
+    if fitted:
+        console.print(f"Fitted to the data: {'; '.join(fitted)}.")
     use_gpu = settings.train.use_gpu
     if use_gpu is None:
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
@@ -183,7 +186,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
             factor = lr_factor(step, budget.steps, options)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
-            losses, norm = _train_step(net, criterion, optimizer, batch, step, settings, rank)
+            losses, norm = train_step(net, criterion, optimizer, batch, step, settings, rank)
             update_average(ema, model, options.ema_decay)
             state["step"] = step = step + 1
             budget.tick(step)
@@ -230,7 +233,7 @@ def set_up(
     return model, ema, criterion, optimizer, messages
 
 
-def _train_step(
+def train_step(
     net: torch.nn.Module, criterion: SetCriterion, optimizer: torch.optim.AdamW | MuonAdamW,
     batch: dict[str, Tensor], step: int, settings: RunSettings, rank: int,
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip

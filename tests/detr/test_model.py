@@ -445,6 +445,30 @@ def test_focal_loss_of_known_values():
     torch.testing.assert_close(twice["loss_ce"], want)  # divided by the number of boxes
 
 
+def test_quality_loss_of_known_values():
+    """A match aims at its IoU to the power gamma, all else at 0 with the weight score ** gamma."""
+    loss = LossConfig(mal_gamma=1.5)
+    truth = torch.tensor([[0.5, 0.5, 0.4, 0.4]])
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4]]], requires_grad=True)  # half of it
+    logits = torch.tensor([[[1.0, -2.0, 0.0, 0.0]]], requires_grad=True)
+    outputs = {"pred_logits": logits, "pred_boxes": boxes}
+    losses = SetCriterion(ANCHORS, loss)(outputs, [{"labels": torch.tensor([0]), "boxes": truth}])
+
+    def log(p: float) -> torch.Tensor:
+        return torch.tensor(p).log()
+
+    def score(x: float) -> float:
+        return torch.tensor(x).sigmoid().item()
+
+    aim = 0.5**1.5
+    want = -aim * log(score(1.0)) - (1 - aim) * log(1 - score(1.0))
+    want = want - sum(score(x) ** 1.5 * log(1 - score(x)) for x in (-2.0, 0.0, 0.0))
+    torch.testing.assert_close(losses["loss_ce"], want)
+    assert torch.autograd.grad(losses["loss_ce"], boxes, allow_unused=True) == (None,)
+    plain = SetCriterion(ANCHORS, LOSS)(outputs, [{"labels": torch.tensor([0]), "boxes": truth}])
+    assert plain["loss_ce"] != losses["loss_ce"]
+
+
 def test_denoising_losses_compare_each_query_with_the_box_it_was_made_from():
     targets = some_targets([3, 1])
     exact = ANCHORS.denoising.model_copy(update={"label_noise": 0.0, "box_noise": 0.0})

@@ -50,7 +50,8 @@ def dataset(folder, names, **splits):
         for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             shards.append({"path": f"{split}-{len(shards)}.parquet", "rows": len(part)})
             pq.write_table(pa.Table.from_pylist(part, SCHEMA), folder / shards[-1]["path"])
-        record["splits"][split] = {"per_class": per_class.tolist(), "shards": shards, "images": len(rows)}
+        record["splits"][split] = {"per_class": per_class.tolist(), "shards": shards, "images": len(rows),
+                                    "max_objects": max((len(row["labels"]) for row in rows), default=0)}
     write_json(folder / "dataset.json", record)
     return folder
 
@@ -83,15 +84,15 @@ def test_classes_are_named_with_their_counts(tmp_path):
 
 
 def test_boxes_below_a_cell_are_told_per_class_and_the_setting_mends_it(tmp_path):
-    """640x480 is seen at 256x192 by tiny, a cell being 8 pixels: 20 of the image's."""
-    narrow, wide = [0.0, 0.0, 100.0, 19.0], [0.0, 0.0, 21.0, 100.0]
+    """640x480 is seen at 256x192 by tiny, a cell being 4 pixels: 10 of the image's."""
+    narrow, wide = [0.0, 0.0, 200.0, 9.0], [0.0, 0.0, 11.0, 200.0]
     images = [((640, 480), [(wide, 0), (narrow, 1)])] * 3 + [((640, 480), [(wide, 0), (wide, 1)])] * 17
     folder = dataset(tmp_path, ["cat", "dog"], train=images, val=images)
     settings = RunSettings()
     found = only(look_at_data(folder, settings))
-    # 8 / 19 of 480 are 202.1 pixels, one more for rounding: the next multiple of 8 is 208.
-    assert found.which == ("dog: 15% of 20 boxes, wants image_size 208",)
-    assert found.settings == ("model.image_size=208", "model.image_max_size=278")
+    # 4 / 9 of 480 are 213.3 pixels, one more for rounding: the next multiple of 4 is 216.
+    assert found.which == ("dog: 15% of 20 boxes, wants image_size 216",)
+    assert found.settings == ("model.image_size=216", "model.image_max_size=288")
     assert look_at_data(folder, applied(settings, found)) == []
     fewer = images[2:] + images[-2:]  # one in twenty
     assert look_at_data(dataset(tmp_path, ["cat", "dog"], train=fewer, val=images), settings) == []
@@ -100,11 +101,12 @@ def test_boxes_below_a_cell_are_told_per_class_and_the_setting_mends_it(tmp_path
 @pytest.mark.parametrize(
     ("model", "cell"),
     [
-        ({"preset": "tiny"}, 8),
-        ({"preset": "tiny", "queries": "learned", "denoising": {"groups": 0}}, 16),
+        ({"preset": "tiny"}, 4),
+        ({"preset": "tiny", "levels": 2}, 8),
+        ({"preset": "tiny", "queries": "learned", "two_stage": False, "denoising": {"groups": 0}}, 16),
         ({"preset": "detr_resnet50"}, 32),
         ({"preset": "detr_resnet50_dc5"}, 16),
-        ({"preset": "detr_resnet50", "queries": "anchors"}, 16),
+        ({"preset": "detr_resnet50", "queries": "anchors"}, 8),
     ],
 )
 def test_the_cell_is_that_of_the_finest_map_the_model_uses(tmp_path, model, cell):
@@ -116,12 +118,12 @@ def test_the_cell_is_that_of_the_finest_map_the_model_uses(tmp_path, model, cell
 
 
 def test_enlarging_is_suggested_only_where_nothing_less_helps(tmp_path):
-    tiny_boxes = [((100, 80), [([0.0, 0.0, 6.0, 6.0], 0)])] * 20
+    tiny_boxes = [((100, 80), [([0.0, 0.0, 3.0, 3.0], 0)])] * 20
     folder = dataset(tmp_path, ["cat"], train=tiny_boxes, val=tiny_boxes)
     found = only(look_at_data(folder, RunSettings()))
     assert "model.upscale=true" in found.settings
     assert look_at_data(folder, applied(RunSettings(), found)) == []
-    large = override_settings(RunSettings(), {"model.image_size": 64, "model.upscale": True})
+    large = override_settings(RunSettings(), {"model.image_size": 90, "model.upscale": True})
     found = only(look_at_data(folder, large))
     assert not any("upscale" in setting for setting in found.settings)
 

@@ -16,11 +16,11 @@ from pipelines.settings import RunSettings, TrainSettings, UserError, override_s
 from pipelines.train import (
     _Budget,
     _Log,
-    _train_step,
     find_weights,
     load_initial_weights,
     lr_factor,
     read_history,
+    train_step,
     update_average,
 )
 
@@ -167,7 +167,7 @@ def test_outputs_that_are_not_finite_name_the_images():
     before = {k: v.clone() for k, v in model.state_dict().items() if "running" not in k and "tracked" not in k}
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(UserError, match=r"11, 42.*train\.lr"):
-        _train_step(model, SetCriterion(settings.model, settings.loss), optimizer, batch, 0, settings, 0)
+        train_step(model, SetCriterion(settings.model, settings.loss), optimizer, batch, 0, settings, 0)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items() if k != "class_embed.bias")
 
 
@@ -190,7 +190,7 @@ def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_pa
     steps = 2 * module.LOG_EVERY
     with host_copies() as copies:
         for step in range(steps):
-            losses, norm = _train_step(model, criterion, optimizer, batch, step, settings, 0)
+            losses, norm = train_step(model, criterion, optimizer, batch, step, settings, 0)
             update_average(ema, model, 0.99)
             log.step(step + 1, steps, losses, norm, 1e-4, 2)
     assert copies.seen.count("cpu") == len(copies.seen) == steps + 2  # the matcher's, and two of the log
