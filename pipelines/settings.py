@@ -122,6 +122,10 @@ class TrainSettings(Settings):
     lr_drop: float = Field(0.8, gt=0, le=1, description="step schedule: share of it before the cut to a tenth")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="moving average of the weights; 0 switches it off")
     validations: int = Field(6, gt=0, description="how often AP is measured during the training")
+    patience: int = Field(
+        0, ge=0, description="stop after so many validations without a better AP; 0: never. (A cosine schedule gains "
+        "most at its end: give it a budget instead.)",
+    )
     augment: AugmentSettings = AugmentSettings()
     init_from: str | None = Field(
         None, description="a checkpoint folder or official .pth to start from, local or on S3; all that fits is taken"

@@ -59,7 +59,7 @@ def train(
 
     Called again with the same folder it goes on from the last checkpoint, in the same MLflow run.
     Returns {"checkpoint", "history" (paths in folder), "steps", "AP", "AP50", "best_step", "run_id",
-    "images_per_second", "parameters"}. Raises UserError where the training cannot start or ends in a
+    "stopped_early", "images_per_second", "parameters"}. Raises UserError where the training cannot start or ends in a
     way the user can mend.
     """
     import ray
@@ -122,6 +122,8 @@ def train(
         tracker.end_run(run_id, status)
 
     summary = result.return_value
+    if summary["stopped_early"]:
+        console.print(f"  Stopped at step {summary['steps']}: no better AP in {settings.train.patience} validations.")
     best = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], pair[1]["step"]))[0]
     with best.as_directory() as place:
         part = folder / ".checkpoint"
@@ -160,7 +162,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         dataset_folder, "train", settings.model, options.augment, settings.ingest.max_pixels, options.batch_size,
         settings.seed, rank, workers,
     )  # fmt: skip
-    state: dict[str, Any] = {"step": 0, "best_AP": -1.0, "best_AP50": 0.0, "best_step": 0}
+    state: dict[str, Any] = {"step": 0, "best_AP": -1.0, "best_AP50": 0.0, "best_step": 0, "stale": 0}
     torch.manual_seed(settings.seed * 1000 + rank)  # dropout differs between workers, weights do not
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -177,7 +179,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     budget = _Budget(options, feed, folder)
     batches = feed.stream(state["step"], budget.steps)
     try:
-        while not budget.is_spent(state["step"]):
+        while not budget.is_spent(state["step"]) and not _is_stale(state, options):
             step = state["step"]
             batch = {
                 k: v if k in ("counts", "image_ids") else v.to(device, non_blocking=True)  # those are read here
@@ -198,8 +200,10 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                     detector = Detector(ema.module, dataset["categories"], batch_size=size, device=device)
                     metrics = validate(detector, dataset, dataset_folder, settings)
                     log.validation(step, metrics)
+                    state["stale"] = 0 if metrics["AP"] > state["best_AP"] else state["stale"] + 1
                     if metrics["AP"] >= state["best_AP"]:
                         state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
+                state["stale"] = _agreed(state["stale"])
                 _report(rank, model, ema, optimizer, state, metrics, dataset, settings)
     finally:
         batches.close()
@@ -209,6 +213,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         "AP": state["best_AP"],
         "AP50": state["best_AP50"],
         "best_step": state["best_step"],
+        "stopped_early": _is_stale(state, options) and not budget.is_spent(state["step"]),
         "images_per_second": log.images_per_second(),
         "parameters": count_parameters(model)[0],
     }
@@ -331,6 +336,20 @@ def lr_factor(step: int, steps: int | None, options: TrainSettings) -> float:
     return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
+def _is_stale(state: dict[str, Any], options: TrainSettings) -> bool:
+    """Whether AP has not got better for as long as the user has patience."""
+    return 0 < options.patience <= state["stale"]
+
+
+def _agreed(number: int) -> int:
+    """The first worker's number, on all workers."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    box = [number]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 class _Budget:
     """When training ends and validates, in steps. Minutes become steps once, after a measured warm-up."""
 
@@ -359,18 +378,10 @@ class _Budget:
             # The median: the first steps, and those beside which images are prepared, are slower than most.
             durations = np.diff(self.marks[MEASURE_FROM:] if step > 2 * MEASURE_FROM else self.marks)
             pace = SLACK * float(np.median(durations)) if len(durations) else elapsed
-            steps = self._agreed(step + max(1, int((self.seconds - elapsed) / max(pace, 1e-6))))
+            steps = _agreed(step + max(1, int((self.seconds - elapsed) / max(pace, 1e-6))))
             if self.rank == 0:
                 write_json(self.file, {"format": 1, "steps": steps, "seconds_per_step": round(pace, 5)})
             self.steps = steps
-
-    def _agreed(self, steps: int) -> int:
-        """The first worker's number, on all workers."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return steps
-        box = [steps]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
 
     def is_spent(self, step: int) -> bool:
         return self.steps is not None and step >= self.steps

@@ -12,7 +12,10 @@ from detr.config import ModelConfig
 from detr.criterion import SetCriterion
 from detr.model import DETR
 from pipelines import train as module
+from pipelines.ingest import ingest, source
+from pipelines.sample import write_sample
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
+from pipelines.tracking import tracker
 from pipelines.train import (
     _Budget,
     _Log,
@@ -195,3 +198,22 @@ def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_pa
             log.step(step + 1, steps, losses, norm, 1e-4, 2)
     assert copies.seen.count("cpu") == len(copies.seen) == steps + 2  # the matcher's, and two of the log
     assert len((tmp_path / "progress.jsonl").read_text().splitlines()) == 2
+
+
+def test_patience_ends_a_training_that_gets_no_better(tmp_path, ray_cluster):
+    """Weights that do not move: no validation is better than the first."""
+    settings = override_settings(RunSettings(), {
+        **{f"model.{key}": value for key, value in SMALL.items() if key != "preset"}, "model.denoising.groups": 0,
+        "sample.train": 8, "sample.val": 4, "sample.test": 0, "train.budget": "40 steps", "train.validations": 20,
+        "train.batch_size": 2, "train.lr": 1e-12, "train.lr_backbone": 1e-12, "train.patience": 2,
+    })  # fmt: skip
+    write_sample(settings.sample, tmp_path / "images")
+    (tmp_path / "dataset").mkdir()
+    ingest(settings, source(settings, tmp_path / "images"), tmp_path / "dataset")
+    (tmp_path / "run").mkdir()
+    place = tracker(settings, tmp_path, "patience")
+    found = module.train(settings, tmp_path / "dataset", tmp_path / "run", place, "patience")
+    aps = [v["AP"] for v in read_history(tmp_path / "run" / module.PROGRESS)["validations"]]
+    assert found["stopped_early"] and found["steps"] == 2 * len(aps) < 40
+    assert max(aps[-2:]) <= max(aps[:-2])
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()
