@@ -20,7 +20,7 @@ from pipelines.evaluate import DETECTIONS
 from pipelines.feed import open_feed
 from pipelines.ingest import ingest, source
 from pipelines.sample import write_sample
-from pipelines.settings import AugmentSettings, RunSettings, SampleSettings, UserError
+from pipelines.settings import AugmentSettings, RunSettings, SampleSettings, UserError, load_settings
 from pipelines.stage import read_json
 from pipelines.train import validate
 
@@ -132,8 +132,17 @@ def test_the_sides_see_the_same_images_and_keep_their_recipes():
         assert published.seed == ours.seed == 7
         assert published.model.backbone == "resnet50" and published.model.class_loss == "softmax"
         assert published.train.backbone_weights is None and published.loss.loss_ce == 1
+        assert not ours.fit.image_size and ours.fit.num_queries == (not built_in)
     second = learning.make_settings("ours, detr_resnet50", ("tiny", "detr_resnet50"), False, 0)
     assert second.model.backbone == "resnet50" and second.model.image_size == 192 and second.train.batch_size == 8
+
+
+@pytest.mark.ray
+def test_the_input_size_is_fitted_to_the_data_for_all_sides(dataset, monkeypatch):
+    fitted = load_settings(None, ["model.image_size=300", "model.image_max_size=400"])
+    monkeypatch.setattr(learning, "fit_to_data", lambda settings, folder: (fitted, []) if folder == dataset else 0 / 0)
+    models = [learning.make_settings(side, ("tiny",), False, 0, dataset).model for side in SIDES]
+    assert {(model.image_size, model.image_max_size) for model in models} == {(300, 400)}
 
 
 class FakeLearner:
@@ -192,6 +201,7 @@ def test_figures_of_several_seeds_are_their_median_and_spread(tmp_path, monkeypa
 
     monkeypatch.setattr(learning, "run_side", run_side)
     monkeypatch.setattr(learning, "make_dataset", lambda settings, data, folder: folder)
+    monkeypatch.setattr(learning, "fit_to_data", lambda settings, folder: (settings, []))
     done = CliRunner().invoke(learning.main, ["--seed", "0", "--seed", "1", "--minutes", "2"], catch_exceptions=False)
     lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in done.stdout.splitlines()]
     medians = {line[0]: line[1:] for line in lines if line[0] in SIDES}
