@@ -292,7 +292,8 @@ def init_from(model: DETR | DETRsegm, path: Path | str, class_names: list[str]) 
     said.insert(0, f"{len(taken)} of {len(own)} weights")
     said += [f"initialised anew {_shortened(left)} ({len(left)} in all)"] if left else []
     said += [f"not used {_shortened(unused)} ({len(unused)} in all)"] if unused else []
-    for key in ("nheads", "pre_norm"):  # what no weight's shape shows
+    both = model.config.queries == source.queries == "anchors"
+    for key in ("nheads", "pre_norm", *(("levels", "points") if both else ())):  # what no weight's shape shows
         here, there = getattr(model.config, key), getattr(source, key)
         if here != there:
             said.append(f"careful, they were trained with model.{key}={there}, and here it is {here}")

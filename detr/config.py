@@ -36,8 +36,8 @@ class LossConfig(Settings):
     loss_mask: float = Field(1.0, ge=0, description="focal loss of the masks (only with masks)")
     loss_dice: float = Field(1.0, ge=0, description="dice loss of the masks (only with masks)")
     eos_coef: float = Field(0.1, ge=0, description="weight of the no-object class (softmax loss only)")
-    focal_alpha: float = Field(0.25, ge=0, le=1, description="balance of the focal loss (focal loss only)")
-    focal_gamma: float = Field(2.0, ge=0, description="focus of the focal loss (focal loss only)")
+    focal_alpha: float = Field(0.25, ge=0, le=1, description="balance of the focal loss and of its matching cost")
+    focal_gamma: float = Field(2.0, ge=0, description="focus of the focal loss and of its matching cost")
     mal_gamma: float = Field(
         0.0, ge=0, description="focal loss only: a match is to score its IoU to this power, others weigh their "
         "score to this power (Huang et al. 2025, DEIM: MAL); 0: a match is to score 1 (sigmoid focal loss)",
@@ -77,7 +77,8 @@ class ModelConfig(Settings):
     num_classes: int = Field(
         91, gt=0, description="set from the data's label map; COCO's official weights use 91"
     )
-    image_size: int = Field(800, gt=0, description="the shorter side is resized to this many pixels")
+    image_size: int = Field(800, gt=0, description="the shorter side is resized to this many pixels; "
+                            "one of both sizes alone changes the other in proportion")
     image_max_size: int = Field(1333, gt=0, description="the longer side is at most this many pixels")
     upscale: bool = Field(True, description="enlarge images smaller than image_size")
 
@@ -91,7 +92,12 @@ class ModelConfig(Settings):
             name = value.pop("preset")
             if name not in PRESETS:
                 raise ValueError(f"no model preset is named {name!r}; there are {', '.join(PRESETS)}")
-            value = {**PRESETS[name], **value}
+            preset = PRESETS[name]
+            for one, other in (("image_size", "image_max_size"), ("image_max_size", "image_size")):
+                if isinstance(value.get(one), int) and other not in value:  # in the preset's proportion
+                    was = {key: preset.get(key, cls.model_fields[key].default) for key in (one, other)}
+                    value[other] = round(value[one] * was[other] / was[one])
+            value = {**preset, **value}
         return value
 
     @model_validator(mode="after")

@@ -84,7 +84,7 @@ class SetCriterion(nn.Module):
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum that is minimised; every layer and the denoising part weigh the same."""
+        """The weighted sum that is minimised; every layer, the proposals and the denoising part weigh the same."""
         names = [name for name in losses if name.startswith("loss_")]
         values = torch.stack([losses[name] for name in names])
         return values @ values.new_tensor([self.loss_weights["_".join(name.split("_")[:2])] for name in names])
@@ -103,14 +103,13 @@ class SetCriterion(nn.Module):
         if self.class_loss == "softmax":
             ce = self._softmax_loss(scores, labels, matches)
         else:
-            onehot = torch.zeros_like(scores)
-            at_label = (*at, labels[matches.target])
-            onehot[at_label] = 1
+            aim, at_label = torch.zeros_like(scores), (*at, labels[matches.target])
             if self.config.mal_gamma:
                 overlap = iou(cxcywh_to_xyxy(predicted.detach()), cxcywh_to_xyxy(target))
-                ce = self._quality_loss(scores, onehot, at_label, overlap)
+                ce = self._quality_loss(scores, aim, at_label, overlap)
             else:
-                ce = sigmoid_focal_loss(scores, onehot, self.config.focal_alpha, self.config.focal_gamma)
+                aim[at_label] = 1
+                ce = sigmoid_focal_loss(scores, aim, self.config.focal_alpha, self.config.focal_gamma)
             ce = ce.flatten(1).sum(1) / num_boxes
 
         l1 = (predicted - target).abs().sum(-1)
@@ -123,13 +122,12 @@ class SetCriterion(nn.Module):
         return losses
 
     def _quality_loss(
-        self, scores: Tensor, onehot: Tensor, at_label: tuple[Tensor, ...], overlap: Tensor
+        self, scores: Tensor, aim: Tensor, at_label: tuple[Tensor, ...], overlap: Tensor
     ) -> Tensor:
-        """Binary cross entropy to the IoU of each match, to the power mal_gamma, of every score (DEIM's MAL)."""
-        gamma = self.config.mal_gamma
-        aim = torch.zeros_like(scores)
-        aim[at_label] = overlap.to(scores.dtype) ** gamma
-        weight = torch.where(onehot > 0, 1.0, scores.detach().sigmoid() ** gamma)
+        """Binary cross entropy of every score to 0, or for a match to its IoU to the power mal_gamma (DEIM's MAL)."""
+        weight = scores.detach().sigmoid() ** self.config.mal_gamma
+        weight[at_label] = 1
+        aim[at_label] = overlap.to(scores.dtype) ** self.config.mal_gamma
         return F.binary_cross_entropy_with_logits(scores, aim, weight, reduction="none")
 
     def _softmax_loss(self, log_softmax: Tensor, labels: Tensor, matches: Matches) -> Tensor:

@@ -90,8 +90,8 @@ def _on_the_finest(places: Tensor, shares: Tensor, pyramid: Pyramid) -> Tensor:
         cells = torch.where(inside, corners[..., 1] * width + corners[..., 0], 0).long()
         flat = weights.new_zeros(*weights.shape[:3], height * width)
         flat.scatter_add_(-1, cells.flatten(3), weights.flatten(3))
-        coarse = flat.transpose(1, 2).unflatten(-1, (height, width))
-        fine = F.interpolate(coarse.flatten(0, 1), size=size, mode="nearest").unflatten(0, coarse.shape[:2])
+        coarse, factor = flat.transpose(1, 2).unflatten(-1, (height, width)), stride // pyramid.strides[-1]
+        fine = coarse.repeat_interleave(factor, -2).repeat_interleave(factor, -1)[..., : size[0], : size[1]]
         whole, spread = coarse.sum((-2, -1), keepdim=True), fine.sum((-2, -1), keepdim=True)
         total = total + fine * (whole / spread.clamp(min=1e-9))
     return total

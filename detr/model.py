@@ -110,7 +110,8 @@ class DETR(nn.Module):
 
         (Lin et al. 2017, FPN.)
         """
-        strides, maps = list(self.backbone[0].strides[: -self.config.levels - 1 : -1]), [memory]
+        strides = self.backbone[0].strides[: -self.config.levels - 1 : -1]
+        maps = [memory.masked_fill(_shrink(mask, features[-1])[..., None], 0)]
         for i, (proj, norm) in enumerate(zip(self.finer_proj, self.finer_norm, strict=True)):
             fine, factor = features[-2 - i], strides[i] // strides[i + 1]
             coarse = maps[-1].permute(0, 3, 1, 2)
@@ -119,10 +120,9 @@ class DETR(nn.Module):
             if torch.compiler.is_exporting() or up.shape[2:] != fine.shape[2:]:
                 for axis in (2, 3):
                     up = up.index_select(axis, torch.arange(fine.shape[axis], device=up.device))
-            maps.append(norm((proj(fine) + up).permute(0, 2, 3, 1)))
-        outside = (_shrink(mask, x)[:, None] for x in features[: -1 - len(maps) : -1])
-        maps = [x.permute(0, 3, 1, 2).masked_fill(o, 0).contiguous() for x, o in zip(maps, outside, strict=True)]
-        return Pyramid(tuple(strides), maps, sizes)
+            fused = norm((proj(fine) + up).permute(0, 2, 3, 1))
+            maps.append(fused.masked_fill(_shrink(mask, fine)[..., None], 0))
+        return Pyramid(strides, [x.permute(0, 3, 1, 2).contiguous() for x in maps], sizes)
 
     def parameter_groups(self, lr: float, lr_backbone: float) -> list[dict]:
         """The two published optimiser groups: the backbone's trainable weights, and all others.

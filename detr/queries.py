@@ -19,7 +19,7 @@ from detr.boxes import inverse_sigmoid
 from detr.config import DenoisingConfig, ModelConfig
 from detr.position import cell_centres, sine_of_boxes
 
-NO_SCORE = -20.0  # the logit of a proposal that is none
+NO_SCORE, FAR = -20.0, 10.0  # the logit and the box' coordinates of a proposal that is none
 
 
 class Pyramid(NamedTuple):
@@ -200,20 +200,21 @@ class Proposals(nn.Module):
     def forward(self, stride: int, x: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A map [B, D, h, w] and the images' sizes [B, 2] -> (logits [B, N, C], boxes [B, N, 4], anchors [B, Q, 4]).
 
-        A box starts at its cell's centre, four cells wide and high. Padding, and as many candidates more as there
-        are anchors, so that these are always enough, are the image's middle without a score.
+        A box starts at its cell's centre, four cells wide and high. Cells in padding have no score, and boxes far away,
+        so that no target is matched to them; where there are too few others, an anchor is the image's middle.
         """
         centres = cell_centres(sizes, *x.shape[2:], stride)
         side = (4 * stride / sizes).clamp(max=0.9)[:, None].expand_as(centres)
         start = inverse_sigmoid(torch.cat([centres.clamp(max=1), side], -1))
-        x = x.flatten(2).transpose(1, 2)
         outside = (centres >= 1).any(-1, keepdim=True)
-        boxes = (self.bbox_embed(x).to(start.dtype) + start).masked_fill(outside, 0).sigmoid()
-        logits = self.class_embed(x).to(start.dtype).masked_fill(outside, NO_SCORE)
-        logits = F.pad(logits, (0, 0, 0, self.number), value=NO_SCORE)
-        boxes = F.pad(boxes, (0, 0, 0, self.number), value=0.5)
-        best = logits.detach().amax(-1).topk(self.number)[1]
-        return logits, boxes, boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
+        x = x.flatten(2).transpose(1, 2)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        boxes = (self.bbox_embed(x).to(dtype) + start).sigmoid()
+        logits = self.class_embed(x).to(dtype).masked_fill(outside, NO_SCORE)
+        more = self.number  # candidates, so that there are always enough
+        best = F.pad(logits.detach().amax(-1), (0, more), value=NO_SCORE).topk(self.number)[1]
+        candidates = F.pad(boxes.detach().masked_fill(outside, 0.5), (0, 0, 0, more), value=0.5)
+        return logits, boxes.masked_fill(outside, FAR), candidates.gather(1, best[..., None].expand(-1, -1, 4))
 
 
 class AnchorDecoder(nn.Module):

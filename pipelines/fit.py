@@ -15,7 +15,7 @@ from pipelines.shards import read_split
 from pipelines.stage import read_json
 
 SMALL_SHARE = 0.1  # this share of the boxes may be smaller than a cell
-MOST_PIXELS = 2.5  # a model sees images at most so many times as wide as its preset has them
+LARGEST = 2.5  # a model sees images at most so many times as wide as its preset has them
 SIDE_STEP = 32
 QUERIES_PER_OBJECT, QUERIES_STEP, FEWEST_QUERIES, MOST_QUERIES = 2, 10, 30, 500
 
@@ -23,7 +23,7 @@ QUERIES_PER_OBJECT, QUERIES_STEP, FEWEST_QUERIES, MOST_QUERIES = 2, 10, 30, 500
 def fit_to_data(settings: RunSettings, dataset_folder: Path | str) -> tuple[RunSettings, list[str]]:
     """Settings whose model fits an ingested dataset, and what was chosen, in words.
 
-    The number of classes is that of the label map. With `fit.image_size` images are enlarged over the preset's size
+    The number of classes is that of the label map. With `fit.image_size` images are shown larger than the preset says
     until all but a tenth of the boxes are as large (the root of their area) as a cell of the map that proposals come
     from; with `fit.num_queries` there are two queries to each object of the fullest image. Both switches are off in
     what is returned: a sweep may then try other values. Raises UserError for a backbone that there is not.
@@ -36,30 +36,30 @@ def fit_to_data(settings: RunSettings, dataset_folder: Path | str) -> tuple[RunS
         wanted = QUERIES_STEP * math.ceil(QUERIES_PER_OBJECT * most / QUERIES_STEP)
         queries = min(max(wanted, FEWEST_QUERIES), MOST_QUERIES)
         changes["model.num_queries"] = queries
-        said.append(f"{queries} queries, for up to {most} objects in an image")
+        said.append(f"{queries} queries, for {most} objects in the fullest image")
     if settings.fit.image_size:
         try:
             with torch.device("meta"):  # without weights
                 cell = build_backbone(model)[0].strides[-min(2, model.levels)]
         except ValueError as error:
             raise UserError(f"model.backbone: {error}.", 2) from error
+        ratio = model.image_size / model.image_max_size
         train = read_split(dataset_folder, "train", ["width", "height", "boxes"])
-        share = _share_of_small(train)
-        wanted = cell / share if share else 0
-        if not model.upscale:
-            wanted = min(wanted, max(pc.max(train["width"]).as_py(), pc.max(train["height"]).as_py()))
-        wanted = SIDE_STEP * math.ceil(wanted / SIDE_STEP)
-        long = min(max(wanted, model.image_max_size), round(MOST_PIXELS * model.image_max_size))
-        short = round(long * model.image_size / model.image_max_size)
-        changes |= {"model.image_size": short, "model.image_max_size": long}
-        said.append(f"images of up to {long}x{short} pixels" + (
-            f", for a tenth of the boxes is smaller than {share:.1%} of the longer side" if share else ""
-        ))  # fmt: skip
+        wanted = _size_for(train, cell, ratio, model.upscale)
+        long = SIDE_STEP * math.ceil(min(wanted / ratio, LARGEST * model.image_max_size) / SIDE_STEP)
+        long = max(long, model.image_max_size)
+        changes |= {"model.image_size": round(long * ratio), "model.image_max_size": long, "fit.image_size": False}
+        why = ", for small boxes" if long > model.image_max_size else ""
+        said.append(f"images of up to {long}x{round(long * ratio)} pixels{why}")
     return override_settings(settings, changes), said
 
 
-def _share_of_small(train: pa.Table) -> float:
-    """The size, as a share of the image's longer side, that a tenth of the boxes does not reach; 0 without boxes."""
+def _size_for(train: pa.Table, cell: int, ratio: float, upscale: bool) -> float:
+    """The model.image_size at which all but a tenth of the boxes are as large as a cell; 0 without boxes.
+
+    ratio: image_size over image_max_size, both of which limit what a model sees. Where nothing is enlarged, no more
+    than the largest image has.
+    """
     counts = pc.list_value_length(train["boxes"]).to_numpy()
     flat = train["boxes"]
     while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
@@ -67,6 +67,8 @@ def _share_of_small(train: pa.Table) -> float:
     boxes = flat.to_numpy().reshape(-1, 4)
     if not len(boxes):
         return 0.0
-    long = np.repeat(np.maximum(train["width"].to_numpy(), train["height"].to_numpy()), counts)
-    sizes = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)) / long
-    return float(np.quantile(sizes, SMALL_SHARE))
+    sides = np.sort(np.stack([train["width"].to_numpy(), train["height"].to_numpy()]), 0)
+    whole = np.maximum(sides[0], sides[1] * ratio)  # model.image_size at which an image is seen as it is
+    size = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))
+    wanted = float(np.quantile(cell / size * np.repeat(whole, counts), 1 - SMALL_SHARE))
+    return wanted if upscale else min(wanted, float(whole.max()))

@@ -145,11 +145,9 @@ class FitSettings(Settings):
     num_queries: bool = Field(False, description="model.num_queries, from the number of objects in an image")
 
 
+SIDES = ("model.image_size", "model.image_max_size")
 # Which switch would set a setting anew.
-FITTED = {
-    "model.image_size": "fit.image_size", "model.image_max_size": "fit.image_size",
-    "model.num_queries": "fit.num_queries",
-}  # fmt: skip
+FITTED = {**dict.fromkeys(SIDES, "fit.image_size"), "model.num_queries": "fit.num_queries"}
 
 
 class SweepSettings(Settings):
@@ -258,6 +256,7 @@ def load_settings(config: str | Path | None = None, overrides: Iterable[str] = (
     Raises UserError (exit code 2) naming the file or override, the key, and the nearest right key.
     """
     values: dict[str, Any] = {}
+    overrides = list(overrides)
     if config is not None:
         path = Path(config)
         if not path.is_file():
@@ -273,6 +272,8 @@ def load_settings(config: str | Path | None = None, overrides: Iterable[str] = (
         if not equals or not key:
             raise UserError(f"{override!r} is not a setting; write it as key=value, such as train.lr=2e-4.", 2)
         set_key(values, key, _parse_value(text))
+        if key in FITTED and not any(other.startswith(f"{FITTED[key]}=") for other in overrides):
+            set_key(values, FITTED[key], False)
     return validate_settings(values, str(config) if config else "the settings")
 
 
@@ -314,7 +315,13 @@ def override_settings(settings: RunSettings, changes: dict[str, Any]) -> RunSett
     What is replaced is not fitted to the data any more.
     """
     values = settings.model_dump(mode="json")
+    if "model" in changes:
+        values.pop("fit")  # follows the new model
     fixed = {FITTED[key]: False for key in changes if key in FITTED}
+    for one, other in (SIDES, SIDES[::-1]):
+        if one in changes and other not in changes:  # in proportion
+            now = {key: getattr(settings.model, key.removeprefix("model.")) for key in SIDES}
+            fixed[other] = round(changes[one] * now[other] / now[one])
     changes = {**fixed, **changes}
     for key, value in changes.items():
         set_key(values, key, value)

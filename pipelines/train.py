@@ -203,7 +203,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                     state["stale"] = 0 if metrics["AP"] > state["best_AP"] else state["stale"] + 1
                     if metrics["AP"] >= state["best_AP"]:
                         state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
-                state["stale"] = _agreed(state["stale"])
+                if options.patience:
+                    state["stale"] = _agreed(state["stale"])
                 _report(rank, model, ema, optimizer, state, metrics, dataset, settings)
     finally:
         batches.close()

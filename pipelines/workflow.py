@@ -246,6 +246,7 @@ class _StageFailed(Exception):
 
 
 def _run_stages(settings: RunSettings, store: Path, step: Callable[..., Record]) -> dict[str, Any]:
+    from pipelines.fit import fit_to_data
     from pipelines.registry import registered_name
 
     data = step("ingest", ingest_stage)
@@ -253,7 +254,10 @@ def _run_stages(settings: RunSettings, store: Path, step: Callable[..., Record])
     trials = step("sweep", sweep_stage, data)
     if trials["result"]["best"]:
         console.print(f"Training with the sweep's best settings: {trials['result']['best']}")
-    tuned = override_settings(settings, trials["result"]["best"])
+        settings_tried, _ = fit_to_data(settings, data["folder"])  # as the sweep did
+        tuned = override_settings(settings_tried, trials["result"]["best"])
+    else:
+        tuned = settings
     training = step("train", lambda _, store, data: train_stage(tuned, store, data), data)
     checkpoint = Path(training["folder"]) / "checkpoint"
     splits = [s for s in ("val", "test") if s in data["result"]["images"]]
@@ -341,7 +345,7 @@ def weights_digest(checkpoint: Path) -> str:
 def _training_settings(settings: RunSettings) -> dict[str, Any]:
     """The settings a training depends on."""
     groups = settings.model_dump(mode="json")
-    chosen = {key: groups[key] for key in ("seed", "model", "loss", "train")}
+    chosen = {key: groups[key] for key in ("seed", "model", "loss", "fit", "train")}
     return {**chosen, "max_dets": settings.evaluate.max_dets, "max_pixels": settings.ingest.max_pixels}
 
 

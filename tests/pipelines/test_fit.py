@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from test_look import dataset
 
 from pipelines.fit import fit_to_data
-from pipelines.settings import RunSettings, UserError, load_settings, override_settings
+from pipelines.settings import FitSettings, RunSettings, UserError, load_settings, override_settings
+from pipelines.workflow import _training_settings
 
 
 def boxes_of(side: float, number: int = 1) -> tuple:
@@ -28,6 +30,8 @@ def test_small_boxes_enlarge_the_images_until_they_fill_a_cell(tmp_path):
         assert f"images of up to {long}x{short} pixels" in said[1]
     model, _ = fitted(tmp_path, [boxes_of(64.0)] * 19 + [boxes_of(4.0)])  # one box in twenty
     assert model.image_max_size == 256
+    square = [((640, 640), [([0.0, 0.0, 20.0, 20.0], 0)])]  # seen at image_size, not at image_max_size
+    assert fitted(tmp_path, square)[0].image_size == 264
     small = [((300, 200), [([0.0, 0.0, 4.0, 4.0], 0)])]
     assert fitted(tmp_path, small)[0].image_max_size == 320  # no more than there is: nothing is enlarged
 
@@ -35,15 +39,15 @@ def test_small_boxes_enlarge_the_images_until_they_fill_a_cell(tmp_path):
 def test_two_queries_to_each_object_of_the_fullest_image(tmp_path):
     for number, queries in ((1, 30), (31, 70), (400, 500)):
         model, said = fitted(tmp_path, [boxes_of(64.0), boxes_of(64.0, number)])
-        assert model.num_queries == queries and f"up to {number} object" in said[0]
+        assert model.num_queries == queries and f"{number} objects in the fullest" in said[0]
 
 
 @pytest.mark.parametrize("told", ["model.image_size=200", "model.image_max_size=300", "fit.image_size=false"])
 def test_what_the_user_sets_stays(tmp_path, told):
     model, said = fitted(tmp_path, [boxes_of(4.0)] * 3, told, "model.num_queries=7")
-    key, value = told.split("=")
+    sizes = {"model.image_size=200": (200, 267), "model.image_max_size=300": (225, 300)}  # the other in proportion
+    assert (model.image_size, model.image_max_size) == sizes.get(told, (192, 256))
     assert model.num_queries == 7 and said == []
-    assert getattr(model, key.removeprefix("model."), None) == int(value) if "model" in key else model.image_size == 192
 
 
 def test_published_models_are_as_published(tmp_path):
@@ -63,3 +67,21 @@ def test_images_without_boxes_and_an_unknown_backbone(tmp_path):
     assert model.image_max_size == 256 and said[1] == "images of up to 256x192 pixels"
     with pytest.raises(UserError, match="backbone"):
         fitted(tmp_path, [[]], "model.backbone=vgg16")
+
+
+def test_a_printed_file_and_an_override_are_not_fitted_over(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(RunSettings().model_dump(mode="json")))
+    assert load_settings(path).fit == RunSettings().fit == FitSettings(image_size=True, num_queries=True)
+    told = load_settings(path, ["model.num_queries=7", "model.image_size=100"])
+    assert told.fit == FitSettings(image_size=False, num_queries=False) and told.model.num_queries == 7
+    assert load_settings(path, ["model.num_queries=7", "fit.num_queries=true"]).fit.num_queries
+    assert not override_settings(RunSettings(), {"model": "detr_resnet50"}).fit.image_size
+
+
+def test_what_is_fitted_is_part_of_what_a_training_depends_on():
+    keys = {
+        str(_training_settings(load_settings(None, told)))
+        for told in ([], ["fit.image_size=false"], ["model.num_queries=60"], ["model.image_size=256"])
+    }
+    assert len(keys) == 4
