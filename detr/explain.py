@@ -24,7 +24,7 @@ class AttentionMaps:
 
     encoder [B, heads, h, w, h, w]: from each cell to all, or None where the model has no encoder layer.
     decoder [B, heads, Q, h, w]: from each query to the cells; with anchor queries over the finest of their maps, on
-    which the places of the others are spread, and without what lies outside the image.
+    which the places of the others are spread, without what lies outside the padded image.
     """
 
     outputs: Outputs

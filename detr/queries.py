@@ -251,7 +251,8 @@ class AnchorDecoder(nn.Module):
         proposed = None
         if hasattr(self, "proposals"):
             level = min(1, len(pyramid.maps) - 1)  # finer ones would cost more than all else
-            *proposed, anchors = self.proposals(pyramid.strides[level], pyramid.maps[level], pyramid.sizes)
+            logits, proposals, anchors = self.proposals(pyramid.strides[level], pyramid.maps[level], pyramid.sizes)
+            proposed = logits, proposals
         else:
             anchors = self.anchors.sigmoid().expand(batch, -1, -1)
         self_mask = None

@@ -11,10 +11,10 @@ import torch
 
 from detr.backbone import build_backbone
 from pipelines.settings import RunSettings, UserError, override_settings
-from pipelines.shards import read_split
+from pipelines.shards import flat_values, read_split
 from pipelines.stage import read_json
 
-SMALL_SHARE = 0.1  # this share of the boxes may be smaller than a cell
+SMALL_SHARE = 0.1  # fewer small boxes than one in ten cost less than what larger images cost
 LARGEST = 2.5  # a model sees images at most so many times as wide as its preset has them
 SIDE_STEP = 32
 QUERIES_PER_OBJECT, QUERIES_STEP, FEWEST_QUERIES, MOST_QUERIES = 2, 10, 30, 500
@@ -48,7 +48,7 @@ def fit_to_data(settings: RunSettings, dataset_folder: Path | str) -> tuple[RunS
         wanted = _size_for(train, cell, ratio, model.upscale)
         long = SIDE_STEP * math.ceil(min(wanted / ratio, LARGEST * model.image_max_size) / SIDE_STEP)
         long = max(long, model.image_max_size)
-        changes |= {"model.image_size": round(long * ratio), "model.image_max_size": long, "fit.image_size": False}
+        changes |= {"model.image_size": round(long * ratio), "model.image_max_size": long}
         why = ", for small boxes" if long > model.image_max_size else ""
         said.append(f"images of up to {long}x{round(long * ratio)} pixels{why}")
     return override_settings(settings, changes), said
@@ -61,10 +61,7 @@ def _size_for(train: pa.Table, cell: int, ratio: float, upscale: bool) -> float:
     than the largest image has.
     """
     counts = pc.list_value_length(train["boxes"]).to_numpy()
-    flat = train["boxes"]
-    while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
-        flat = pc.list_flatten(flat)
-    boxes = flat.to_numpy().reshape(-1, 4)
+    boxes = flat_values(train["boxes"]).reshape(-1, 4)
     if not len(boxes):
         return 0.0
     sides = np.sort(np.stack([train["width"].to_numpy(), train["height"].to_numpy()]), 0)

@@ -20,9 +20,9 @@ from detr.backbone import build_backbone
 from detr.config import ModelConfig
 from detr.transforms import input_size
 from pipelines.alike import find_alike
-from pipelines.fit import fit_to_data
+from pipelines.fit import SMALL_SHARE, fit_to_data
 from pipelines.settings import RunSettings, UserError
-from pipelines.shards import read_split
+from pipelines.shards import flat_values, read_split
 from pipelines.stage import read_json
 
 # Few-shot benchmarks end at 10 to 30 examples of a class; with fewer, ordinary training hardly finds it.
@@ -30,7 +30,6 @@ MIN_IMAGES = 20
 # The authors of DETR "had success with 10-15k" images from scratch, and none told of with 2,000 (facebookresearch/detr,
 # issue 125); fine-tuning needs far fewer.
 MIN_IMAGES_FROM_SCRATCH = 10_000
-SMALL_SHARE = 0.1  # fewer small boxes than one in ten cost less than what enlarging the images costs
 QUERIES_STEP = 10  # a number of queries is suggested in tens
 SHOWN = 5  # examples in a table; a finding has them all
 CHANGE_WIDTH = 30  # characters of a table's line that says what to change
@@ -107,7 +106,7 @@ def _classes(dataset: dict[str, Any], train: pa.Table) -> Iterator[Finding]:
             ],
             change="Move some of their images to train, or take the classes out of the categories.",
         )
-    image, labels = _parents(train["labels"]), _flat(train["labels"])
+    image, labels = _parents(train["labels"]), flat_values(train["labels"])
     pairs = np.unique(image * len(names) + labels)
     images = np.bincount(pairs % len(names), minlength=len(names))
     if few := [k for k in np.argsort(images, kind="stable").tolist() if 0 < images[k] < MIN_IMAGES]:
@@ -140,7 +139,7 @@ def _small_boxes(dataset: dict[str, Any], train: pa.Table, model: ModelConfig) -
     sizes = np.stack([train["width"].to_numpy(), train["height"].to_numpy()], 1)
     different, which = np.unique(sizes, axis=0, return_inverse=True)
     seen = np.array([input_size(model, *size) for size in different.tolist()])[which]
-    boxes, image = _flat(train["boxes"]).reshape(-1, 4), _parents(train["boxes"])
+    boxes, image = flat_values(train["boxes"]).reshape(-1, 4), _parents(train["boxes"])
     sides = boxes[:, 2:] - boxes[:, :2]
     small = (sides * (seen / sizes)[image]).min(1) < cell
     # model.image_size, and image_max_size in the same proportion, at which each box is as wide as a cell.
@@ -155,7 +154,7 @@ def _small_boxes(dataset: dict[str, Any], train: pa.Table, model: ModelConfig) -
         enough = _all_but((wanted if enlarge else reachable)[chosen])
         return cell * math.ceil((enough + 1) / cell), enlarge
 
-    labels = _flat(train["labels"])
+    labels = flat_values(train["labels"])
     total = np.bincount(labels, minlength=len(dataset["categories"]))
     narrow = np.bincount(labels[small], minlength=len(total))
     order = np.argsort(-narrow, kind="stable").tolist()
@@ -215,13 +214,6 @@ def _lookalikes(splits: dict[str, pa.Table]) -> Iterator[Finding]:
                 which=found,
                 change="Keep images of the same scene in one split: move one of each pair, or take it out.",
             )
-
-
-def _flat(column: pa.ChunkedArray) -> np.ndarray:
-    """The values of a column of lists, however deep."""
-    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
-        column = pc.list_flatten(column)
-    return column.to_numpy()
 
 
 def _parents(column: pa.ChunkedArray) -> np.ndarray:

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.settings import UserError
@@ -24,3 +26,10 @@ def split_shards(dataset_folder: Path | str, split: str) -> list[str]:
 def read_split(dataset_folder: Path | str, split: str, columns: list[str] | None = None) -> pa.Table:
     """The rows of a split, in order of image_id; columns None reads them all, the images too. Raises UserError."""
     return pa.concat_tables([pq.read_table(shard, columns=columns) for shard in split_shards(dataset_folder, split)])
+
+
+def flat_values(column: pa.ChunkedArray) -> np.ndarray:
+    """The values of a column of lists, however deep."""
+    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        column = pc.list_flatten(column)
+    return column.to_numpy()
