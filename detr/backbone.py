@@ -1,4 +1,4 @@
-"""The convolutional feature extractor: a torchvision ResNet as published, or a small one for random weights."""
+"""The convolutional feature extractor: a torchvision ResNet as published, or a plain one for random weights."""
 from __future__ import annotations
 
 import copy
@@ -31,6 +31,8 @@ RESNETS = {
     "wide_resnet101_2": ((3, 4, 23, 3), 1, 128),
 }
 
+PLAIN = {"small": (32, 1), "medium": (48, 2)}  # width of the stem, blocks in a stage: 0.6 and 2.9 M parameters
+
 
 class ResNetBackbone(nn.Module):
     """A torchvision ResNet up to its last stage: stride 32, or 16 with dilation.
@@ -42,9 +44,7 @@ class ResNetBackbone(nn.Module):
     def __init__(self, name: str, norm: str, dilation: bool):
         super().__init__()
         if name not in RESNETS:
-            raise ValueError(
-                f"backbone {name!r} is neither 'small' nor a torchvision ResNet; there are {', '.join(RESNETS)}"
-            )
+            raise ValueError(f"no backbone is named {name!r}; there are {', '.join([*PLAIN, *RESNETS])}")
         net = get_model(
             name,
             weights=None,
@@ -91,52 +91,56 @@ def _convolve(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, the first with stride 2, around a shortcut."""
+    """Two 3x3 convolutions, the first with the stride, around a shortcut."""
 
-    def __init__(self, channels_in: int, channels_out: int):
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels_out)
-        self.downsample = nn.Sequential(
-            nn.AvgPool2d(2, ceil_mode=True),
-            nn.Conv2d(channels_in, channels_out, 1, bias=False),
-            nn.BatchNorm2d(channels_out),
-        )
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1:
+            self.downsample = nn.Sequential(
+                nn.AvgPool2d(stride, ceil_mode=True),
+                nn.Conv2d(channels_in, channels_out, 1, bias=False),
+                nn.BatchNorm2d(channels_out),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(y)) + self.downsample(x), inplace=True)
 
 
-class SmallBackbone(nn.Module):
-    """A stem and three residual blocks to stride 16, 0.6 M parameters: trains from random weights on a laptop."""
+class PlainBackbone(nn.Module):
+    """A stem and three stages of residual blocks to stride 16, with batch norms: trains from random weights."""
 
-    num_channels = 128
     strides = (2, 4, 8, 16)
-    stage_channels = (32, 64, 128, 128)
 
-    def __init__(self):
+    def __init__(self, width: int, depth: int):
         super().__init__()
+        self.stage_channels = (width, 2 * width, 4 * width, 4 * width)
+        self.num_channels = self.stage_channels[-1]
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
+            nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
-        self.blocks = nn.Sequential(ResidualBlock(32, 64), ResidualBlock(64, 128))
-        self.last = ResidualBlock(128, 128)
+        self.stages = nn.ModuleList(
+            nn.Sequential(ResidualBlock(a, b, 2), *(ResidualBlock(b, b, 1) for _ in range(depth - 1)))
+            for a, b in pairwise(self.stage_channels)
+        )
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> features at `strides` [B, stage_channels, ...], sizes rounded up."""
         features = [self.stem(images)]
-        for block in (*self.blocks, self.last):
-            features.append(block(features[-1]))
+        for stage in self.stages:
+            features.append(stage(features[-1]))
         return features
 
 
 def build_backbone(config: ModelConfig) -> nn.Sequential:
     """The extractor and the position encoding, under the official names backbone.0 and backbone.1."""
-    if config.backbone == "small":
-        body: nn.Module = SmallBackbone()
+    if config.backbone in PLAIN:
+        body: nn.Module = PlainBackbone(*PLAIN[config.backbone])
     else:
         body = ResNetBackbone(config.backbone, config.norm, config.dilation)
     encoding = PositionEmbeddingSine if config.position_embedding == "sine" else PositionEmbeddingLearned

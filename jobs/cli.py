@@ -10,6 +10,7 @@ COMMANDS = {
     "sample": "Write the built-in COCO dataset.",
     "ingest": "Check a COCO folder and write it as Parquet shards.",
     "look": "Say what in the data will hurt a training, and what to change.",
+    "suggest": "Say which batch size and learning rate suit this machine.",
     "train": "Train a DETR on the shards.",
     "sweep": "Try matching costs and loss weights, judged by AP.",
     "evaluate": "Measure a checkpoint: the COCO numbers, AP per class.",

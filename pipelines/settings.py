@@ -114,7 +114,9 @@ class TrainSettings(Settings):
         "muon", description="adamw: as published; muon: for the matrices inside the network, adamw for the rest"
     )
     lr: float = Field(1.2e-3, gt=0)
-    lr_backbone: float = Field(1.2e-3, ge=0)
+    lr_backbone: float | None = Field(
+        None, ge=0, description="0 freezes it; by default lr, and a tenth of it where trained weights are given"
+    )
     weight_decay: float = Field(1e-4, ge=0)
     clip_max_norm: float = Field(1.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
@@ -133,6 +135,12 @@ class TrainSettings(Settings):
     backbone_weights: Annotated[str | None, BeforeValidator(lambda given: None if given == "none" else given)] = Field(
         None, description="'imagenet' (torchvision's), a .pth or .safetensors file, local or on S3, or none"
     )
+
+    def backbone_rate(self) -> float:
+        """lr_backbone, or what it is by default; a tenth of lr is the published ratio (Carion et al. 2020)."""
+        if self.lr_backbone is not None:
+            return self.lr_backbone
+        return self.lr / 10 if self.init_from or self.backbone_weights else self.lr
 
 
 class FitSettings(Settings):

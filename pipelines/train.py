@@ -235,7 +235,7 @@ def set_up(
     model.backbone.to(memory_format=torch.channels_last)
     criterion = SetCriterion(settings.model, settings.loss).to(device)
     ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-    optimizer = build_optimizer(model, options.optimizer, options.lr, options.lr_backbone, options.weight_decay)
+    optimizer = build_optimizer(model, options.optimizer, options.lr, options.backbone_rate(), options.weight_decay)
     return model, ema, criterion, optimizer, messages
 
 

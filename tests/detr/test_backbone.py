@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from detr.backbone import ResNetBackbone, SmallBackbone, fold_norms
+from detr.backbone import PlainBackbone, ResNetBackbone, fold_norms
 
 
 def randomised(body: nn.Module) -> nn.Module:
@@ -43,7 +43,7 @@ def test_features_and_gradients_are_those_of_torchvision(name, norm, dilation):
         assert not backbone.body["layer1"][0].conv1.weight.requires_grad
 
 
-@pytest.mark.parametrize("make", [lambda: ResNetBackbone("resnet18", "frozen", False), SmallBackbone])
+@pytest.mark.parametrize("make", [lambda: ResNetBackbone("resnet18", "frozen", False), lambda: PlainBackbone(8, 2)])
 def test_a_model_folded_for_inference_is_a_copy_without_norms(make):
     backbone = randomised(make())
     before = {key: value.clone() for key, value in backbone.state_dict().items()}

@@ -9,12 +9,12 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from detr.attention import MultiheadAttention
-from detr.backbone import RESNETS, ResNetBackbone, SmallBackbone
+from detr.backbone import PLAIN, RESNETS, PlainBackbone, ResNetBackbone
 from detr.batch import normalise, pad_images
 from detr.config import LossConfig, ModelConfig
 from detr.criterion import SetCriterion
 from detr.matcher import HungarianMatcher, NonFiniteOutputs
-from detr.model import DETR, all_layers
+from detr.model import DETR, all_layers, count_parameters
 from detr.position import PositionEmbeddingLearned, cell_centres, image_sizes, sine_of_boxes, sine_of_points
 from detr.postprocess import PostProcess
 from detr.queries import make_denoising_queries
@@ -232,9 +232,21 @@ def test_learned_positions_end_at_fifty_cells():
         encoding(torch.zeros(1, 3, 51, dtype=torch.bool))
 
 
+@pytest.mark.parametrize(("preset", "millions"), [("tiny", 2.0), ("small", 6.3), ("base", 33.0)])
+def test_presets_for_random_weights_are_as_large_as_they_say_and_train_everything(preset, millions):
+    model = DETR(ModelConfig(preset=preset))
+    parameters, trainable = count_parameters(model)
+    assert round(parameters / 1e6, 1) == millions and trainable == parameters
+    outputs = model(torch.rand(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool))
+    assert outputs["pred_boxes"].shape == (1, model.config.num_queries, 4)
+
+
 def test_features_of_odd_sizes_round_up():
-    *_, fine, coarse = SmallBackbone().eval()(torch.zeros(1, 3, 65, 97))
-    assert fine.shape == (1, 128, 9, 13) and coarse.shape == (1, 128, 5, 7)
+    for name, channels in (("small", 128), ("medium", 192)):
+        body = PlainBackbone(*PLAIN[name]).eval()
+        features = body(torch.zeros(1, 3, 65, 97))
+        assert features[2].shape == (1, channels, 9, 13) and features[3].shape == (1, channels, 5, 7)
+        assert tuple(x.shape[1] for x in features) == body.stage_channels and body.num_channels == channels
 
 
 def test_frozen_norms_do_not_move_in_training_and_dilation_halves_the_stride():
@@ -293,7 +305,7 @@ def test_every_resnet_of_torchvision_is_a_backbone(name, channels):
 
 
 def test_backbones_that_cannot_be_are_named():
-    with pytest.raises(ValueError, match="'vgg16' is neither 'small' nor a torchvision ResNet; there are resnet18, "):
+    with pytest.raises(ValueError, match="no backbone is named 'vgg16'; there are small, medium, resnet18, "):
         DETR(ModelConfig(backbone="vgg16"))
     for name in ("resnet18", "resnet34", "small"):
         with pytest.raises(ValueError, match=f"dilation needs a backbone of bottleneck blocks .*, not {name}"):

@@ -50,6 +50,13 @@ def test_the_learning_rate_warms_up_and_falls():
     assert [lr_factor(s, 10, step) for s in (0, 7, 8, 9)] == [1.0, 1.0, 0.1, 0.1]
 
 
+def test_a_backbone_with_trained_weights_learns_at_a_tenth_of_the_rate():
+    assert TrainSettings(lr=1e-3).backbone_rate() == 1e-3
+    assert TrainSettings(lr=1e-3, backbone_weights="imagenet").backbone_rate() == pytest.approx(1e-4)
+    assert TrainSettings(lr=1e-3, init_from="checkpoint").backbone_rate() == pytest.approx(1e-4)
+    assert TrainSettings(lr=1e-3, lr_backbone=0, init_from="checkpoint").backbone_rate() == 0
+
+
 @pytest.mark.parametrize(("budget", "steps"), [("40 steps", 40), ("4 epochs", 30)])
 def test_a_budget_in_steps_or_epochs_is_known_at_once(tmp_path, budget, steps):
     options = TrainSettings(budget=budget, validations=3)

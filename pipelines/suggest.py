@@ -1,0 +1,139 @@
+"""Which batch size, and with it which learning rate, suit the machine: measured on the steps to be trained."""
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.table import Table
+
+from pipelines.feed import open_feed
+from pipelines.fit import fit_to_data
+from pipelines.progress import console
+from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
+from pipelines.stage import read_json
+from pipelines.train import set_up, train_step
+
+SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
+WARM_UP, TIMED = 2, 4  # steps
+LONGEST = 30.0  # seconds a size may take before larger ones are left alone
+ENOUGH = 0.8  # of the best rate: a smaller batch takes more steps of a budget, which teaches more
+MEMORY = 0.8  # of the machine's that may be used: later batches hold more objects
+GAIN = 1.05  # a doubled batch that gives less than this ends the search
+
+
+def suggest(settings: RunSettings, dataset_folder: Path, device: torch.device) -> dict[str, Any]:
+    """Train a few steps with one batch size after another, as one worker would.
+
+    Returns {"rows": [{"batch_size", "images_per_second", "seconds_per_step", "memory_gb", "lr", "fits"}], "settings":
+    the suggestion as key=value, "device", "image_size": [longer, shorter]}. Raises UserError where not even the
+    smallest batch fits.
+    """
+    settings, _ = fit_to_data(settings, dataset_folder)
+    images = read_json(Path(dataset_folder) / "dataset.json")["splits"]["train"]["images"]
+    rows: list[dict[str, Any]] = []
+    for size in SIZES:
+        if rows and size > images:
+            break
+        console.print(f"Measuring batches of {size}.")
+        row = _measure(settings, dataset_folder, size, device)
+        row["lr"] = scaled_rate(settings.train.lr, settings.train.batch_size, size)
+        rows.append(row)
+        if not row["fits"]:
+            break
+        slow = row["seconds_per_step"] * 2 * (WARM_UP + TIMED) > LONGEST
+        flat = len(rows) > 2 and row["images_per_second"] < GAIN * rows[-2]["images_per_second"]
+        if slow or flat or 2 * row["memory_gb"] > MEMORY * _memory(device):
+            break
+    best = choose(rows)
+    if best is None:
+        raise UserError(
+            f"Not even {SIZES[0]} images fit in this machine's memory; take a smaller model.image_size or model."
+        )
+    config = settings.model
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
+    return {
+        "rows": rows,
+        "settings": [f"train.batch_size={best['batch_size']}", f"train.lr={best['lr']:.2g}"],
+        "device": name,
+        "image_size": [config.image_max_size, config.image_size],
+    }
+
+
+def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The smallest batch whose rate is near the best one's; None where none fits."""
+    fitting = [row for row in rows if row["fits"]]
+    most = max((row["images_per_second"] for row in fitting), default=0.0)
+    return next((row for row in fitting if row["images_per_second"] >= ENOUGH * most), None)
+
+
+def scaled_rate(lr: float, of_batch: int, batch_size: int) -> float:
+    """The learning rate for another batch size, with its square root (Malladi et al. 2022, for Adam)."""
+    return lr * math.sqrt(batch_size / of_batch)
+
+
+def suggestion_table(found: dict[str, Any]) -> Table:
+    """What was measured, for a terminal."""
+    wide, high = found["image_size"]
+    title = f"{found['device']}, images of up to {wide}x{high} pixels"
+    table = Table(title=title, title_justify="left")
+    for column in ("batch size", "images/s", "s/step", "memory, GB", "train.lr"):
+        table.add_column(column, justify="right")
+    for row in found["rows"]:
+        if row["fits"]:
+            cells = f"{row['images_per_second']:.1f}", f"{row['seconds_per_step']:.3f}", f"{row['memory_gb']:.1f}"
+        else:
+            cells = "does not fit", "", ""
+        table.add_row(str(row["batch_size"]), *cells, f"{row['lr']:.2g}")
+    return table
+
+
+def _measure(settings: RunSettings, dataset_folder: Path, size: int, device: torch.device) -> dict[str, Any]:
+    """The rate of training steps with this batch size, without the time that images take to be prepared."""
+    settings = override_settings(settings, {"train.batch_size": size})
+    options: TrainSettings = settings.train
+    names = [category["name"] for category in read_json(Path(dataset_folder) / "dataset.json")["categories"]]
+    cuda = device.type == "cuda"
+    row = {"batch_size": size, "images_per_second": 0.0, "seconds_per_step": 0.0, "memory_gb": 0.0, "fits": False}
+    feed = open_feed(
+        Path(dataset_folder), "train", settings.model, options.augment, settings.ingest.max_pixels, size, settings.seed
+    )
+    times, before = [], psutil.Process().memory_info().rss
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        model, _, criterion, optimizer, _ = set_up(settings, names, device)
+        for step in range(WARM_UP + TIMED):
+            batch = feed.batch(step)
+            batch = {k: v if k in ("counts", "image_ids") else v.to(device) for k, v in batch.items()}
+            began = time.perf_counter()
+            train_step(model, criterion, optimizer, batch, step, settings, 0)
+            if cuda:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - began)
+    except torch.OutOfMemoryError:
+        return row
+    finally:
+        memory = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss - before
+        model = criterion = optimizer = batch = None
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+    seconds = statistics.median(times[WARM_UP:])
+    return row | {
+        "images_per_second": round(size / seconds, 2), "seconds_per_step": round(seconds, 4),
+        "memory_gb": round(memory / 2**30, 2), "fits": True,
+    }  # fmt: skip
+
+
+def _memory(device: torch.device) -> float:
+    """GB that the device, or the machine, has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return psutil.virtual_memory().total / 2**30
