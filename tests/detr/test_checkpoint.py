@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_left_and_named(folder):
     assert all(torch.equal(own[k], fresh[k]) for k in own if k.startswith("backbone.0."))
     for key in ("bbox_embed.layers.0.weight", "transformer.encoder.layers.1.self_attn.in_proj_weight"):
         assert torch.equal(own[key], theirs[key])
-    assert "initialised anew backbone.0.body.bn1.bias" in said and "not used backbone.0.blocks" in said
+    assert "initialised anew backbone.0.body.bn1.bias" in said and "not used backbone.0.stages" in said
 
 
 def test_half_a_backbone_is_not_taken(tmp_path):

@@ -52,7 +52,7 @@ def test_a_step_is_the_orthogonal_factor_of_the_gradient_at_adamws_scale():
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     after = train(model, build_optimizer(model, "muon", LR, LR, 0.0), [1])
     give_gradients(model, 1)
-    for name in ("transformer.encoder.layers.0.linear1.weight", "backbone.0.blocks.1.conv2.weight"):
+    for name in ("transformer.encoder.layers.0.linear1.weight", "backbone.0.stages.1.0.conv2.weight"):
         step = (before[name] - after[name]).flatten(1)
         left, _, right = torch.linalg.svd(dict(model.named_parameters())[name].grad.flatten(1), full_matrices=False)
         aim = 0.2 * LR * max(step.shape) ** 0.5 * left @ right
