@@ -97,6 +97,9 @@ class ModelConfig(Settings):
                 if isinstance(value.get(one), int) and other not in value:  # in the preset's proportion
                     was = {key: preset.get(key, cls.model_fields[key].default) for key in (one, other)}
                     value[other] = round(value[one] * was[other] / was[one])
+            for key in preset.keys() & value.keys():
+                if isinstance(preset[key], dict) and isinstance(value[key], dict):
+                    value[key] = {**preset[key], **value[key]}
             value = {**preset, **value}
         return value
 

@@ -68,6 +68,8 @@ def test_what_is_printed_is_read_back_as_the_same_settings(tmp_path):
 def test_a_model_told_in_part_keeps_the_default_presets_rest():
     settings = load_settings(None, ["model.num_queries=7"])
     assert settings.model == ModelConfig.model_validate({"preset": "tiny", "num_queries": 7})
+    denoising = load_settings(None, ["model.denoising.box_noise=0.2"]).model.denoising
+    assert denoising == ModelConfig(preset="tiny").denoising.model_copy(update={"box_noise": 0.2})
 
 
 def test_the_focal_losses_weights_follow_the_model_and_yield_to_what_is_told():
