@@ -8,9 +8,10 @@ Without --data the images are the built-in ones, with ours as in configs/sample.
 instances_train.json and instances_val.json, and ours has its default settings.
 
 Every side runs in a fresh process, one after the other, on the same images, with the same augmentation (ours), at the
-same input size (that of the first --preset, fitted to the data). The schedule of each follows the share of the minutes
-that is spent, so that all train equally long; AP is measured on val, 100 detections per image at the most, after equal
-shares of the minutes, and measuring it does not count.
+same input size (that of the first --preset, fitted to the data, and smaller in a first part of the minutes where our
+training does that). The schedule of each follows the share of the minutes that is spent, so that all train equally
+long; AP is measured on val, 100 detections per image at the most, after equal shares of the minutes, and measuring it
+does not count.
 
 DETR R50 is the model and recipe of configs/detr_resnet50.yaml with 16 images per step, but for what would make a straw
 man of it here: the input size, and what presumes a trained backbone (frozen norms, its tenth of the learning rate).
@@ -24,6 +25,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -45,12 +47,13 @@ from torchvision.ops import box_convert
 from detr.config import ModelConfig
 from detr.model import count_parameters
 from detr.transforms import input_size, resize_to, to_uint8
+from pipelines.budget import lr_factor
 from pipelines.detect import Detector
-from pipelines.feed import Feed, open_feed
+from pipelines.feed import Feed, first_model, open_feed
 from pipelines.fit import fit_to_data
 from pipelines.settings import RunSettings, UserError, load_settings
 from pipelines.stage import read_json
-from pipelines.train import lr_factor, set_up, train_step, update_average, validate
+from pipelines.train import set_up, train_step, update_average, validate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED, OURS, FASTER_RCNN = "published DETR R50", "ours, ", "Faster R-CNN R50"
@@ -80,7 +83,8 @@ def make_settings(
     else:  # Faster R-CNN takes its images, its batch size and its warm-up from ours
         preset = presets[0] if side == FASTER_RCNN else side.removeprefix(OURS)
         settings = load_settings(config, [f"model.preset={preset}", *same])
-    train = settings.train.model_copy(update={"augment": ours.train.augment})
+    same_feed = {key: getattr(ours.train, key) for key in ("augment", "first_image_size", "first_share")}
+    train = settings.train.model_copy(update=same_feed)
     return settings.model_copy(update={"train": train, "sample": ours.sample, "ingest": ours.ingest})
 
 
@@ -98,8 +102,7 @@ class OurLearner:
         """One step, when this share of the time is spent. Raises UserError where the numbers stop being finite."""
         options = self.settings.train
         batch = {k: v if k in ("counts", "image_ids") else v.to(self.device) for k, v in batch.items()}
-        # As if the steps of the whole training were known: these make up the share.
-        factor = lr_factor(step, step / share if share else None, options)
+        factor = lr_factor(step, share, options)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         train_step(self.model, self.criterion, self.optimizer, batch, step, self.settings, 0)
@@ -185,13 +188,14 @@ def faster_rcnn_inputs(batch: dict[str, Tensor]) -> tuple[list[Tensor], list[dic
 
 
 class _Steps(Dataset):
-    """The feed's batches by step, for a loader to prepare ahead."""
+    """The feed's batches by step, for a loader to prepare ahead; small until this share of the time is spent."""
 
-    def __init__(self, feed: Feed):
-        self.feed = feed
+    def __init__(self, feed: Feed, first_share: float):
+        self.feed, self.first_share = feed, first_share
+        self.share = multiprocessing.Value("d", 0.0)
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        return self.feed.batch(step)
+        return self.feed.batch(step, self.share.value < self.first_share)
 
 
 def measure(
@@ -206,10 +210,12 @@ def measure(
     make = FasterRCNNLearner if side == FASTER_RCNN else OurLearner
     learner = make(settings, dataset["categories"], device)
     feed = open_feed(
-        dataset_folder, "train", model, options.augment, settings.ingest.max_pixels, options.batch_size, settings.seed
-    )
+        dataset_folder, "train", model, options.augment, settings.ingest.max_pixels, options.batch_size, settings.seed,
+        first=first_model(model, options),
+    )  # fmt: skip
+    ahead = _Steps(feed, options.first_share)
     # One process, two batches ahead: so little is prepared while AP is measured that it is no head start.
-    batches = iter(DataLoader(_Steps(feed), batch_size=None, sampler=itertools.count(), num_workers=1))
+    batches = iter(DataLoader(ahead, batch_size=None, sampler=itertools.count(), num_workers=1))
     batch = next(batches)
     spent, step, found, stopped = 0.0, 0, [], None
     for point in range(1, points + 1):
@@ -225,6 +231,7 @@ def measure(
             step += 1
             batch = next(batches)
             spent = time.perf_counter() - began
+            ahead.share.value = spent / seconds
         synchronize(device)
         spent = spent if stopped else time.perf_counter() - began
         numbers = {"AP": 0.0, "AP50": 0.0}
@@ -336,7 +343,8 @@ def main(data, presets, minutes, points, seeds, plot, device, threads, as_json, 
             settings = [make_settings(name, presets, data is None, 0) for name in sides]
             with redirect_stdout(sys.stderr):
                 dataset = make_dataset(settings[1], data, Path(place))
-            model = make_settings(sides[1], presets, data is None, 0, dataset).model
+            ours = make_settings(sides[1], presets, data is None, 0, dataset)
+            model, first = ours.model, first_model(ours.model, ours.train)
         except UserError as error:
             failure = click.ClickException(str(error))
             failure.exit_code = error.exit_code
@@ -366,7 +374,10 @@ def main(data, presets, minutes, points, seeds, plot, device, threads, as_json, 
     ]  # fmt: skip
     notes = [
         f"Shorter side {model.image_size} pixels, longer {model.image_max_size} at the most"
-        + ("" if model.upscale else ", small images as they are") + ", on every side; so is the augmentation.",
+        + ("" if model.upscale else ", small images as they are")
+        + (f" ({first.image_size} and {first.image_max_size} for {ours.train.first_share:.0%} of the minutes)"
+           if first else "")
+        + ", on every side; so is the augmentation.",
         "Minutes until AP: the first measurement that reached it.",
         *([f"Median of {len(seeds)} seeds, below it lowest and highest."] if len(seeds) > 1 else []),
         *(f"{name}, one run: {run['stopped']}" for name in sides for run in runs[name] if run["stopped"]),

@@ -7,6 +7,7 @@ Images are PIL images in RGB, pixels as stored (an EXIF orientation is not appli
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -243,6 +244,17 @@ def random_hflip(image: Image.Image, target: Target, rng: np.random.Generator) -
     return hflip(image, target) if rng.random() < 0.5 else (image, target)
 
 
+def random_flips(
+    image: Image.Image, target: Target, rng: np.random.Generator, *, horizontal: bool, vertical: bool
+) -> tuple[Image.Image, Target]:
+    """Mirror left and right, top and bottom, each every second time where it is allowed."""
+    if horizontal:
+        image, target = random_hflip(image, target, rng)
+    if vertical and rng.random() < 0.5:
+        image, target = vflip(image, target)
+    return image, target
+
+
 TRAIN_SIZES = tuple(range(480, 801, 32))
 
 
@@ -260,30 +272,20 @@ def augment_detr(
     return random_resize(image, target, rng, TRAIN_SIZES, max_size)
 
 
-def augment_light(
-    image: Image.Image,
-    target: Target,
-    rng: np.random.Generator,
-    *,
-    horizontal_flip: bool,
-    vertical_flip: bool,
-    scale: float,
+def random_zoom(
+    image: Image.Image, target: Target, rng: np.random.Generator, amount: float
 ) -> tuple[Image.Image, Target]:
-    """Flips, and a crop that zooms in; boxes of which little is left are dropped.
+    """Every second time a crop, each side shorter by up to this share; boxes of which little is left are dropped.
 
     The result keeps its own scale; resizing to the model's input follows.
     """
-    if horizontal_flip and rng.random() < 0.5:
-        image, target = hflip(image, target)
-    if vertical_flip and rng.random() < 0.5:
-        image, target = vflip(image, target)
-    if scale > 0 and rng.random() < 0.5:
-        share_w, share_h = 1 - scale * rng.random(2)
-        width, height = max(1, round(image.width * share_w)), max(1, round(image.height * share_h))
-        top = int(rng.integers(0, image.height - height + 1))
-        left = int(rng.integers(0, image.width - width + 1))
-        image, target = _crop_keeping_visible(image, target, (top, left, height, width))
-    return image, target
+    if amount == 0 or rng.random() < 0.5:
+        return image, target
+    share_w, share_h = 1 - amount * rng.random(2)
+    width, height = max(1, round(image.width * share_w)), max(1, round(image.height * share_h))
+    top = int(rng.integers(0, image.height - height + 1))
+    left = int(rng.integers(0, image.width - width + 1))
+    return _crop_keeping_visible(image, target, (top, left, height, width))
 
 
 def jitter_colour(image: Image.Image, rng: np.random.Generator, amount: float) -> Image.Image:
@@ -291,6 +293,39 @@ def jitter_colour(image: Image.Image, rng: np.random.Generator, amount: float) -
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast):
         image = enhance(image).enhance(float(1 + amount * rng.uniform(-1, 1)))
     return image
+
+
+TILE_SCALES = (0.7, 1.5)  # of how large the model sees the image when it is alone
+
+
+def mosaic(
+    parts: Sequence[tuple[Image.Image, Target]], rng: np.random.Generator, config: ModelConfig
+) -> tuple[Image.Image, Target]:
+    """Crops of four images around a point near the middle of one, which is of the first image's input size.
+
+    After Bochkovskiy et al. 2020 (YOLOv4). Objects stay about as large as the model sees them otherwise; what would not
+    fill its place is enlarged. A box of which little is left is dropped.
+    """
+    width, height = input_size(config, *parts[0][0].size)
+    x, y = (round(side * rng.uniform(0.3, 0.7)) for side in (width, height))
+    places = (0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)
+    canvas, found = Image.new("RGB", (width, height)), []
+    for k, (left, top, right, bottom) in zip(rng.permutation(len(parts)), places, strict=True):
+        w, h = right - left, bottom - top
+        if min(w, h) == 0:  # of an image one pixel wide or high
+            continue
+        image, target = parts[k]
+        scale = input_size(config, *image.size)[0] / image.width
+        scale *= math.exp(rng.uniform(*np.log(TILE_SCALES)))
+        scale = max(scale, w / image.width, h / image.height)
+        crop_w, crop_h = (
+            min(max(1, round(place / scale)), side) for place, side in ((w, image.width), (h, image.height))
+        )
+        at = int(rng.integers(0, image.height - crop_h + 1)), int(rng.integers(0, image.width - crop_w + 1))
+        image, target = resize_to(*_crop_keeping_visible(image, target, (*at, crop_h, crop_w)), (w, h))
+        canvas.paste(image, (left, top))
+        found.append({**target, "boxes": target["boxes"] + torch.tensor([left, top, left, top])})
+    return canvas, {key: torch.cat([target[key] for target in found]) for key in ("boxes", "labels")}
 
 
 def _crop_keeping_visible(

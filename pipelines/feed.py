@@ -11,16 +11,16 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -29,25 +29,36 @@ from detr.batch import SHAPE_STEP, pad_images
 from detr.config import ModelConfig
 from detr.transforms import (
     augment_detr,
-    augment_light,
     boxes_to_targets,
     decode_image,
     input_size,
     jitter_colour,
+    mosaic,
+    random_flips,
+    random_zoom,
     resize_to,
     to_uint8,
 )
-from pipelines.settings import AugmentSettings
+from pipelines.settings import AugmentSettings, TrainSettings
 from pipelines.stage import read_json
 
 SHUFFLE_SHARDS = 8  # rows are shuffled among this many shards at a time, so that few are open at once
 SEGMENT_BYTES = 2**28  # of pixels prepared ahead, at the most twice
+PLAIN_EPOCHS = 10  # before the first mosaic: images seen less often are new enough, and learnt from sooner
+SMALL_SEGMENT = 32  # steps at most, as long as it is not known where images get their full size
+COST_POWER = 0.85  # of the number of pixels: measured on two cores, 256x192 to 384x288
 SEGMENT_TASKS = 8  # tasks that prepare a segment
+
+Segment = tuple[int, int, bool]  # first step, step after the last, whether images are small
 
 
 @dataclass(frozen=True)
 class Feed:
-    """All that decides what worker `rank` of `workers` sees at each step."""
+    """All that decides what worker `rank` of `workers` sees at each step.
+
+    first: the model as it sees smaller images in the first part of the training, or None (progressive resizing, Howard
+    2018, DAWNBench; a network learns sooner from few pixels, and small objects need more of them at the end).
+    """
 
     folder: str
     shards: tuple[str, ...]
@@ -59,6 +70,7 @@ class Feed:
     seed: int
     rank: int = 0
     workers: int = 1
+    first: ModelConfig | None = None
 
     @property
     def images(self) -> int:
@@ -67,6 +79,10 @@ class Feed:
 
     def steps_per_epoch(self) -> float:
         return self.images / (self.batch_size * self.workers)
+
+    def first_cost(self) -> float:
+        """What a step of the first part costs, about, where one at full size costs 1."""
+        return (self.first.image_size / self.model.image_size) ** (2 * COST_POWER) if self.first else 1.0
 
     def indices(self, step: int) -> list[tuple[int, int]]:
         """(epoch, row of the dataset) of each image of this worker's batch at a step."""
@@ -78,21 +94,26 @@ class Feed:
         """The dataset's rows in the order of an epoch."""
         return _epoch_order(self.folder, self.shards, self.seed, epoch, self.batch_size * self.workers)
 
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """The batch of a step: `images` uint8 [B, 3, H, W], `sizes` [B, 2] (h, w), `counts` [B], `labels` [T],
-        `boxes` [T, 4] (cxcywh in 0..1), `image_ids` [B], `step` [1]."""
+    def batch(self, step: int, small: bool = False) -> dict[str, Tensor]:
+        """The batch of a step, small as in the first part of the training or at full size.
+
+        `images` uint8 [B, 3, H, W], `sizes` [B, 2] (h, w), `counts` [B], `labels` [T], `boxes` [T, 4] (cxcywh in 0..1),
+        `image_ids` [B], `step` [1].
+        """
         images, labels, boxes, ids = [], [], [], []
+        model = self.first if small and self.first else self.model
         starts = np.cumsum((0, *self.rows))
         for epoch, index in self.indices(step):
             shard = int(np.searchsorted(starts, index, side="right")) - 1
-            row = _shard(self.folder, self.shards[shard]).slice(index - int(starts[shard]), 1)
+            table = _shard(self.folder, self.shards[shard])
+            row = index - int(starts[shard])
             # Each image draws from a generator of its own: the same whichever worker or task prepares it.
             rng = np.random.default_rng((self.seed, epoch, index))
-            image, target = self._prepare(row, rng)
+            image, target = self._prepare(model, table, row, epoch, rng)
             images.append(image)
             labels.append(target["labels"])
             boxes.append(target["boxes"])
-            ids.append(row["image_id"][0].as_py())
+            ids.append(table["image_id"][row].as_py())
         batch, sizes = pad_images(images, SHAPE_STEP)
         return {
             "images": batch,
@@ -104,60 +125,90 @@ class Feed:
             "step": torch.tensor([step]),
         }
 
-    def _prepare(self, row: pa.Table, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        image = decode_image(row["image"][0].as_buffer().to_pybytes(), self.max_pixels)
-        target: dict[str, Any] = {
-            "boxes": torch.tensor(row["boxes"][0].as_py(), dtype=torch.float32).reshape(-1, 4),
-            "labels": torch.tensor(row["labels"][0].as_py(), dtype=torch.int64),
-        }
+    def _prepare(
+        self, model: ModelConfig, table: pa.Table, row: int, epoch: int, rng: np.random.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A row of a shard's table -> what the model is trained on, with others of the shard in a mosaic."""
+        image, target = self._read(table, row)
         augment = self.augment
-        if augment.recipe == "detr":
-            image, target = augment_detr(image, target, rng, self.model.image_max_size)
+        flips = {"horizontal": augment.horizontal_flip, "vertical": augment.vertical_flip}
+        if augment.recipe == "light" and epoch >= PLAIN_EPOCHS and rng.random() < augment.mosaic:
+            others = (self._read(table, int(other)) for other in rng.integers(0, len(table), 3))
+            parts = [random_flips(*part, rng, **flips) for part in ((image, target), *others)]
+            image, target = mosaic(parts, rng, model)
         else:
             if augment.recipe == "light":
-                image, target = augment_light(
-                    image, target, rng, horizontal_flip=augment.horizontal_flip,
-                    vertical_flip=augment.vertical_flip, scale=augment.scale,
-                )  # fmt: skip
-            image, target = resize_to(image, target, input_size(self.model, *image.size))
-            if augment.recipe == "light" and augment.colour:
-                image = jitter_colour(image, rng, augment.colour)  # last: of the fewest pixels
+                image, target = random_zoom(*random_flips(image, target, rng, **flips), rng, augment.scale)
+            elif augment.recipe == "detr":
+                image, target = augment_detr(image, target, rng, model.image_max_size)
+            if augment.recipe != "detr":
+                image, target = resize_to(image, target, input_size(model, *image.size))
+        if augment.recipe == "light" and augment.colour:
+            image = jitter_colour(image, rng, augment.colour)  # last: of the fewest pixels
         target["boxes"] = boxes_to_targets(target["boxes"], *image.size)
         return to_uint8(image), target
 
-    def stream(self, first_step: int, last_step: int | None = None) -> Iterator[dict[str, Tensor]]:
+    def _read(self, table: pa.Table, row: int) -> tuple[Image.Image, dict[str, Tensor]]:
+        image = decode_image(table["image"][row].as_buffer().to_pybytes(), self.max_pixels)
+        return image, {
+            "boxes": torch.tensor(table["boxes"][row].as_py(), dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor(table["labels"][row].as_py(), dtype=torch.int64),
+        }
+
+    def stream(
+        self, first_step: int, last_step: int | None = None, full_from: Callable[[], int | None] = lambda: 0
+    ) -> Iterator[dict[str, Tensor]]:
         """Batches from a step on, up to last_step or without end, prepared by Ray Data a segment ahead.
+
+        full_from: gives the step from which images have their full size. As long as it gives None they are small. When
+        it is known, what was prepared too small is left, and prepared anew.
 
         A segment is a dataset of its own, whose execution is over before its first batch is used: an executor that
         lives on beside the training takes the interpreter's lock from it. The first segments are short, so that
         training starts soon.
         """
-        import ray
-
         most = max(2, SEGMENT_BYTES // (3 * self.model.image_max_size**2 * self.batch_size))
-        bounds = _segments(first_step, last_step, most)
-        with ThreadPoolExecutor(1) as ahead:
-            due = ahead.submit(_prepare_segment, self, *next(bounds))
+        with ThreadPoolExecutor(1) as executor:
+
+            def ahead(segments: Iterator[Segment]) -> tuple[Segment, Future] | None:
+                segment = next(segments, None)
+                return segment and (segment, executor.submit(_prepare_segment, self, *segment))
+
+            segments = _segments(first_step, last_step, most, full_from)
+            due = ahead(segments)
             while due is not None:
-                blocks = due.result()
-                following = next(bounds, None)
-                due = ahead.submit(_prepare_segment, self, *following) if following else None
-                for i in range(len(blocks)):
-                    block, blocks[i] = ray.get(blocks[i]), None  # used once, then let go
-                    for batch in block["batch"]:
-                        yield load_tensors(batch.as_py())
+                (step, end, small), blocks = due[0], due[1].result()
+                due = ahead(segments)
+                for batch in _batches(blocks):
+                    full = full_from()
+                    if small and full is not None and step >= full:
+                        break
+                    yield load_tensors(batch)
+                    step += 1
+                if step < end:
+                    segments = _segments(step, last_step, most, full_from)
+                    due = ahead(segments)
 
 
 def open_feed(
     folder: Path, split: str, model: ModelConfig, augment: AugmentSettings, max_pixels: int, batch_size: int,
-    seed: int, rank: int = 0, workers: int = 1,
+    seed: int, rank: int = 0, workers: int = 1, first: ModelConfig | None = None,
 ) -> Feed:  # fmt: skip
     """A feed over a split of an ingested dataset."""
     shards = read_json(folder / "dataset.json")["splits"][split]["shards"]
     return Feed(
         str(folder), tuple(s["path"] for s in shards), tuple(s["rows"] for s in shards), model, augment,
-        max_pixels, batch_size, seed, rank, workers,
+        max_pixels, batch_size, seed, rank, workers, first,
     )  # fmt: skip
+
+
+def first_model(model: ModelConfig, options: TrainSettings) -> ModelConfig | None:
+    """The model as it sees the images in the first part of a training, None where it always sees them the same."""
+    size = options.first_image_size
+    if not size or not options.first_share or size >= model.image_size:
+        return None
+    longer = round(model.image_max_size * size / model.image_size)
+    return model.model_copy(update={"image_size": size, "image_max_size": longer})
 
 
 @functools.lru_cache(maxsize=4)
@@ -196,16 +247,33 @@ def _shard(folder: str, name: str) -> pa.Table:
     return pq.read_table(Path(folder) / name, columns=["image_id", "image", "boxes", "labels"], memory_map=True)
 
 
-def _segments(first: int, last: int | None, most: int) -> Iterator[tuple[int, int]]:
-    """(first step, step after the last) of one segment after another, growing to `most` steps."""
+def _segments(
+    first: int, last: int | None, most: int, full_from: Callable[[], int | None]
+) -> Iterator[Segment]:
+    """One segment after another, growing to `most` steps; none goes beyond where images get their full size."""
     steps = max(2, most // 8)
     while last is None or first < last:
-        end = first + steps if last is None else min(first + steps, last)
-        yield first, end
+        full = full_from()
+        end = first + (min(steps, SMALL_SEGMENT) if full is None else steps)
+        small = full is None or first < full
+        if last is not None:
+            end = min(end, last)
+        if small and full is not None:
+            end = min(end, full)
+        yield first, end, small
         first, steps = end, min(most, 2 * steps)
 
 
-def _prepare_segment(feed: Feed, first: int, end: int) -> list:
+def _batches(blocks: list) -> Iterator[bytes]:
+    """The batches of a segment's blocks, each of which is used once and then let go."""
+    import ray
+
+    while blocks:
+        for batch in ray.get(blocks.pop(0))["batch"]:
+            yield batch.as_py()
+
+
+def _prepare_segment(feed: Feed, first: int, end: int, small: bool) -> list:
     """References to Arrow blocks that hold the batches of these steps, in order, as safetensors bytes."""
     import ray
 
@@ -215,7 +283,7 @@ def _prepare_segment(feed: Feed, first: int, end: int) -> list:
         torch.set_num_threads(1)
         os.setpriority(os.PRIO_PROCESS, 0, 19)  # on a machine with few cores the training step goes first
         start = first + int(rows["id"][0]) * chunk
-        return {"batch": [save_tensors(feed.batch(step)) for step in range(start, min(start + chunk, end))]}
+        return {"batch": [save_tensors(feed.batch(step, small)) for step in range(start, min(start + chunk, end))]}
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True

@@ -25,8 +25,9 @@ def fit_to_data(settings: RunSettings, dataset_folder: Path | str) -> tuple[RunS
 
     The number of classes is that of the label map. With `fit.image_size` images are shown larger than the preset says
     until all but a tenth of the boxes are as large (the root of their area) as a cell of the map that proposals come
-    from; with `fit.num_queries` there are two queries to each object of the fullest image. Both switches are off in
-    what is returned: a sweep may then try other values. Raises UserError for a backbone that there is not.
+    from, after a first part of the training at the preset's size, unless another is told; with `fit.num_queries` there
+    are two queries to each object of the fullest image. Both switches are off in what is returned: a sweep may then try
+    other values. Raises UserError for a backbone that there is not.
     """
     dataset = read_json(Path(dataset_folder) / "dataset.json")
     model, said = settings.model, []
@@ -49,8 +50,13 @@ def fit_to_data(settings: RunSettings, dataset_folder: Path | str) -> tuple[RunS
         long = SIDE_STEP * math.ceil(min(wanted / ratio, LARGEST * model.image_max_size) / SIDE_STEP)
         long = max(long, model.image_max_size)
         changes |= {"model.image_size": round(long * ratio), "model.image_max_size": long}
-        why = ", for small boxes" if long > model.image_max_size else ""
-        said.append(f"images of up to {long}x{round(long * ratio)} pixels{why}")
+        said.append(f"images of up to {long}x{round(long * ratio)} pixels")
+        if long > model.image_max_size:
+            said[-1] += ", for small boxes"
+            if settings.train.first_image_size is None:
+                changes["train.first_image_size"] = model.image_size
+                share = settings.train.first_share
+                said[-1] += f" ({model.image_max_size}x{model.image_size} for {share:.0%} of the time)" * (share > 0)
     return override_settings(settings, changes), said
 
 

@@ -96,12 +96,15 @@ class AugmentSettings(Settings):
     """What happens to a training image (the official recipe is `recipe: detr`)."""
 
     recipe: Literal["detr", "light", "none"] = Field(
-        "light", description="detr: as published; light: flips, scale and crop, colour; none: resize only"
+        "light", description="detr: as published; light: flips, scale and crop, colour, mosaic; none: resize only"
     )
     horizontal_flip: bool = Field(True, description="mirror left and right; not for text or digits")
     vertical_flip: bool = Field(False, description="also flip upside down; for images without an up")
     scale: float = Field(0.3, ge=0, lt=1, description="light: sizes vary by up to this share")
     colour: float = Field(0.2, ge=0, lt=1, description="light: brightness and contrast vary by up to this share")
+    mosaic: float = Field(
+        0.5, ge=0, le=1, description="light: share of images put together from crops of four, after ten epochs"
+    )
 
 
 class TrainSettings(Settings):
@@ -123,6 +126,13 @@ class TrainSettings(Settings):
     lr_schedule: Literal["step", "cosine"] = "cosine"
     lr_drop: float = Field(0.8, gt=0, le=1, description="step schedule: share of it before the cut to a tenth")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="moving average of the weights; 0 switches it off")
+    first_image_size: int | None = Field(
+        None, gt=0, description="model.image_size in the first part of the training, where it is the smaller one; "
+        "by default the preset's, where fit.image_size enlarges the images",
+    )
+    first_share: float = Field(
+        0.6, ge=0, lt=1, description="share of the time with first_image_size; 0: no such part"
+    )
     validations: int = Field(6, gt=0, description="how often AP is measured during the training")
     patience: int = Field(
         0, ge=0, description="stop after so many validations without a better AP; 0: never. (A cosine schedule gains "
@@ -136,11 +146,11 @@ class TrainSettings(Settings):
         None, description="'imagenet' (torchvision's), a .pth or .safetensors file, local or on S3, or none"
     )
 
-    def backbone_rate(self) -> float:
-        """lr_backbone, or what it is by default; a tenth of lr is the published ratio (Carion et al. 2020)."""
+    def backbone_rate(self, trained: bool) -> float:
+        """lr_backbone, or by default lr, of a trained backbone a tenth: the published ratio (Carion et al. 2020)."""
         if self.lr_backbone is not None:
             return self.lr_backbone
-        return self.lr / 10 if self.init_from or self.backbone_weights else self.lr
+        return self.lr / 10 if trained else self.lr
 
 
 class FitSettings(Settings):
@@ -323,8 +333,9 @@ def override_settings(settings: RunSettings, changes: dict[str, Any]) -> RunSett
     What is replaced is not fitted to the data any more.
     """
     values = settings.model_dump(mode="json")
-    if "model" in changes:
-        values.pop("fit")  # follows the new model
+    if "model" in changes:  # these follow the new model
+        values.pop("fit")
+        values["train"].pop("first_image_size")
     fixed = {FITTED[key]: False for key in changes if key in FITTED}
     for one, other in (SIDES, SIDES[::-1]):
         if one in changes and other not in changes:  # in proportion

@@ -1,11 +1,11 @@
 """Which batch size, and with it which learning rate, suit the machine: measured on the steps to be trained."""
 from __future__ import annotations
 
-import gc
 import math
+import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipelines.fit import fit_to_data
 from pipelines.progress import console
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
 from pipelines.stage import read_json
-from pipelines.train import set_up, train_step
+from pipelines.train import set_up, train_step, use_machine
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 WARM_UP, TIMED = 2, 4  # steps
@@ -28,9 +28,12 @@ MEMORY = 0.8  # of the machine's that may be used: later batches hold more objec
 GAIN = 1.05  # a doubled batch that gives less than this ends the search
 
 
-def suggest(settings: RunSettings, dataset_folder: Path, device: torch.device) -> dict[str, Any]:
+def suggest(
+    settings: RunSettings, dataset_folder: Path, use_gpu: bool, run: Callable[..., dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Train a few steps with one batch size after another, as one worker would.
 
+    run: calls `measure`; by default in a fresh Ray worker for each size, where trainings run too.
     Returns {"rows": [{"batch_size", "images_per_second", "seconds_per_step", "memory_gb", "lr", "fits"}], "settings":
     the suggestion as key=value, "device", "image_size": [longer, shorter]}. Raises UserError where not even the
     smallest batch fits.
@@ -38,31 +41,31 @@ def suggest(settings: RunSettings, dataset_folder: Path, device: torch.device) -
     settings, _ = fit_to_data(settings, dataset_folder)
     images = read_json(Path(dataset_folder) / "dataset.json")["splits"]["train"]["images"]
     rows: list[dict[str, Any]] = []
+    device = ""
     for size in SIZES:
         if rows and size > images:
             break
         console.print(f"Measuring batches of {size}.")
-        row = _measure(settings, dataset_folder, size, device)
+        row = (run or _in_worker)(settings, dataset_folder, size, use_gpu)
+        device, memory = row.pop("device") or device, row.pop("machine_gb")
         row["lr"] = scaled_rate(settings.train.lr, settings.train.batch_size, size)
         rows.append(row)
         if not row["fits"]:
             break
         slow = row["seconds_per_step"] * 2 * (WARM_UP + TIMED) > LONGEST
         flat = len(rows) > 2 and row["images_per_second"] < GAIN * rows[-2]["images_per_second"]
-        if slow or flat or 2 * row["memory_gb"] > MEMORY * _memory(device):
+        if slow or flat or 2 * row["memory_gb"] > MEMORY * memory:
             break
     best = choose(rows)
     if best is None:
         raise UserError(
             f"Not even {SIZES[0]} images fit in this machine's memory; take a smaller model.image_size or model."
         )
-    config = settings.model
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
     return {
         "rows": rows,
         "settings": [f"train.batch_size={best['batch_size']}", f"train.lr={best['lr']:.2g}"],
-        "device": name,
-        "image_size": [config.image_max_size, config.image_size],
+        "device": device,
+        "image_size": [settings.model.image_max_size, settings.model.image_size],
     }
 
 
@@ -94,19 +97,26 @@ def suggestion_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def _measure(settings: RunSettings, dataset_folder: Path, size: int, device: torch.device) -> dict[str, Any]:
-    """The rate of training steps with this batch size, without the time that images take to be prepared."""
+def measure(settings: RunSettings, dataset_folder: Path, size: int, use_gpu: bool) -> dict[str, Any]:
+    """The rate of training steps with this batch size, without the time that images take to be prepared.
+
+    A row as in `suggest`, with the "device" and the GB it has in all, "machine_gb". Memory is the device's, or on a CPU
+    what the process grew by at its peak.
+    """
+    device = torch.device("cuda" if use_gpu else "cpu")
+    use_machine()
     settings = override_settings(settings, {"train.batch_size": size})
     options: TrainSettings = settings.train
     names = [category["name"] for category in read_json(Path(dataset_folder) / "dataset.json")["categories"]]
-    cuda = device.type == "cuda"
-    row = {"batch_size": size, "images_per_second": 0.0, "seconds_per_step": 0.0, "memory_gb": 0.0, "fits": False}
     feed = open_feed(
         Path(dataset_folder), "train", settings.model, options.augment, settings.ingest.max_pixels, size, settings.seed
     )
+    if use_gpu:
+        name, whole = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        name, whole = f"{torch.get_num_threads()} CPU cores", psutil.virtual_memory().total
+    row = does_not_fit(size) | {"device": name, "machine_gb": whole / 2**30}
     times, before = [], psutil.Process().memory_info().rss
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
     try:
         model, _, criterion, optimizer, _ = set_up(settings, names, device)
         for step in range(WARM_UP + TIMED):
@@ -114,17 +124,15 @@ def _measure(settings: RunSettings, dataset_folder: Path, size: int, device: tor
             batch = {k: v if k in ("counts", "image_ids") else v.to(device) for k, v in batch.items()}
             began = time.perf_counter()
             train_step(model, criterion, optimizer, batch, step, settings, 0)
-            if cuda:
+            if use_gpu:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - began)
-    except torch.OutOfMemoryError:
-        return row
-    finally:
-        memory = torch.cuda.max_memory_allocated(device) if cuda else psutil.Process().memory_info().rss - before
-        model = criterion = optimizer = batch = None
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
+    except RuntimeError as error:  # on a CPU it has no class of its own
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return row
+        raise
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    memory = torch.cuda.max_memory_allocated(device) if use_gpu else peak
     seconds = statistics.median(times[WARM_UP:])
     return row | {
         "images_per_second": round(size / seconds, 2), "seconds_per_step": round(seconds, 4),
@@ -132,8 +140,15 @@ def _measure(settings: RunSettings, dataset_folder: Path, size: int, device: tor
     }  # fmt: skip
 
 
-def _memory(device: torch.device) -> float:
-    """GB that the device, or the machine, has in all."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 2**30
-    return psutil.virtual_memory().total / 2**30
+def does_not_fit(size: int) -> dict[str, Any]:
+    return {"batch_size": size, "images_per_second": 0.0, "seconds_per_step": 0.0, "memory_gb": 0.0, "fits": False}
+
+
+def _in_worker(settings: RunSettings, dataset_folder: Path, size: int, use_gpu: bool) -> dict[str, Any]:
+    import ray
+
+    task = ray.remote(max_calls=1, max_retries=0, num_gpus=int(use_gpu))(measure)
+    try:
+        return ray.get(task.remote(settings, dataset_folder, size, use_gpu))
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):  # ended for its memory
+        return does_not_fit(size) | {"device": "", "machine_gb": 0.0}

@@ -30,20 +30,19 @@ from detr.matcher import NonFiniteOutputs
 from detr.model import DETR, count_parameters
 from detr.optimizer import MuonAdamW, build_optimizer
 from detr.queries import make_denoising_queries
+from pipelines.budget import Budget, lr_factor
 from pipelines.detect import Detector
 from pipelines.evaluate import coco_metrics, coco_truth, detect_rows, detections_to_coco
-from pipelines.feed import Feed, open_feed
+from pipelines.feed import Feed, first_model, open_feed
 from pipelines.fit import fit_to_data
 from pipelines.progress import console, progress
-from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings, parse_budget
+from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json, write_json
 from pipelines.storage import fetch, filesystem
 from pipelines.tracking import Tracker
 
 LOG_EVERY = 20  # steps
-MEASURE_FROM, MEASURE_TO = 20, 120  # steps whose speed turns a budget in minutes into steps
-SLACK = 1.1  # a step takes this much longer on average than at the median
 PROGRESS = "progress.jsonl"
 
 
@@ -71,9 +70,7 @@ def train(
     settings, fitted = fit_to_data(find_weights(settings), dataset_folder)
     if fitted:
         console.print(f"Fitted to the data: {'; '.join(fitted)}.")
-    use_gpu = settings.train.use_gpu
-    if use_gpu is None:
-        use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    use_gpu = uses_gpu(settings)
     run_file = folder / "run.json"
     run_id = read_json(run_file)["run_id"] if run_file.is_file() else None
     run_id = tracker.start_run(name, run_id, tags)
@@ -148,9 +145,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    # Ray tells its workers one thread each; those of a machine share its cores.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    torch.set_float32_matmul_precision("high")
+    use_machine(context.get_local_world_size())
 
     model, ema, criterion, optimizer, messages = set_up(settings, [c["name"] for c in dataset["categories"]], device)
     base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -160,7 +155,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
     feed = open_feed(
         dataset_folder, "train", settings.model, options.augment, settings.ingest.max_pixels, options.batch_size,
-        settings.seed, rank, workers,
+        settings.seed, rank, workers, first_model(settings.model, options),
     )  # fmt: skip
     state: dict[str, Any] = {"step": 0, "best_AP": -1.0, "best_AP50": 0.0, "best_step": 0, "stale": 0}
     torch.manual_seed(settings.seed * 1000 + rank)  # dropout differs between workers, weights do not
@@ -176,16 +171,17 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     log = _Log(folder / PROGRESS, config["tracker"], config["run_id"], rank == 0)
     log.start(state["step"], messages, count_parameters(model), workers, feed)
 
-    budget = _Budget(options, feed, folder)
-    batches = feed.stream(state["step"], budget.steps)
+    budget = Budget(options, feed, folder)
+    batches = feed.stream(state["step"], budget.steps, lambda: budget.full_from)
     try:
         while not budget.is_spent(state["step"]) and not _is_stale(state, options):
             step = state["step"]
+            budget.start()
             batch = {
                 k: v if k in ("counts", "image_ids") else v.to(device, non_blocking=True)  # those are read here
                 for k, v in next(batches).items()
             }
-            factor = lr_factor(step, budget.steps, options)
+            factor = lr_factor(step, budget.share(step), options)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
             losses, norm = train_step(net, criterion, optimizer, batch, step, settings, rank)
@@ -200,7 +196,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                     detector = Detector(ema.module, dataset["categories"], batch_size=size, device=device)
                     metrics = validate(detector, dataset, dataset_folder, settings)
                     log.validation(step, metrics)
-                    state["stale"] = 0 if metrics["AP"] > state["best_AP"] else state["stale"] + 1
+                    better = metrics["AP"] > state["best_AP"] or step <= budget.full_from  # it measures at full size
+                    state["stale"] = 0 if better else state["stale"] + 1
                     if metrics["AP"] >= state["best_AP"]:
                         state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
                 if options.patience:
@@ -220,6 +217,19 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def uses_gpu(settings: RunSettings) -> bool:
+    """Whether workers train on GPUs: as told, else where the Ray cluster has some."""
+    import ray
+
+    return settings.train.use_gpu if settings.train.use_gpu is not None else ray.cluster_resources().get("GPU", 0) > 0
+
+
+def use_machine(workers: int = 1) -> None:
+    """All cores, which the workers of a machine share (Ray tells its own one thread each), and TF32 where there is."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_float32_matmul_precision("high")
+
+
 def set_up(
     settings: RunSettings, class_names: list[str], device: torch.device
 ) -> tuple[DETR, torch.optim.swa_utils.AveragedModel, SetCriterion, torch.optim.AdamW | MuonAdamW, list[str]]:
@@ -230,12 +240,15 @@ def set_up(
     options = settings.train
     torch.manual_seed(settings.seed)
     model = DETR(settings.model)
+    weight = next(model.backbone.parameters())
+    fresh = weight.clone()
     messages = load_initial_weights(model, options, class_names)
+    rate = options.backbone_rate(trained=not torch.equal(weight, fresh))  # a backbone is taken as a whole or not
     model.to(device)
     model.backbone.to(memory_format=torch.channels_last)
     criterion = SetCriterion(settings.model, settings.loss).to(device)
     ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-    optimizer = build_optimizer(model, options.optimizer, options.lr, options.backbone_rate(), options.weight_decay)
+    optimizer = build_optimizer(model, options.optimizer, options.lr, rate, options.weight_decay)
     return model, ema, criterion, optimizer, messages
 
 
@@ -324,19 +337,6 @@ def load_initial_weights(model: DETR, options: TrainSettings, class_names: list[
     return messages
 
 
-def lr_factor(step: int, steps: int | None, options: TrainSettings) -> float:
-    """What the learning rates are multiplied with at a step: linear warm-up, then the schedule's share.
-
-    While the number of steps is not known yet (a budget in minutes being measured) the schedule is at its start.
-    """
-    warmup = min(1.0, (step + 1) / options.warmup_steps) if options.warmup_steps else 1.0
-    if steps is None:
-        return warmup
-    if options.lr_schedule == "step":
-        return warmup * (1.0 if step < options.lr_drop * steps else 0.1)
-    return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-
-
 def _is_stale(state: dict[str, Any], options: TrainSettings) -> bool:
     """Whether AP has not got better for as long as the user has patience."""
     return 0 < options.patience <= state["stale"]
@@ -349,50 +349,6 @@ def _agreed(number: int) -> int:
     box = [number]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
-
-
-class _Budget:
-    """When training ends and validates, in steps. Minutes become steps once, after a measured warm-up."""
-
-    def __init__(self, options: TrainSettings, feed: Feed, folder: Path):
-        amount, unit = parse_budget(options.budget)
-        self.validations = options.validations
-        self.file = folder / "budget.json"
-        self.steps: int | None = None
-        self.seconds = amount if unit == "seconds" else None
-        if unit == "steps":
-            self.steps = max(1, round(amount))
-        elif unit == "epochs":
-            self.steps = max(1, math.ceil(amount * feed.steps_per_epoch()))
-        elif self.file.is_file():
-            self.steps = read_json(self.file)["steps"]
-        self.marks: list[float] = []
-        self.rank = feed.rank
-
-    def tick(self, step: int) -> None:
-        """Called after every step."""
-        if self.steps is not None:
-            return
-        self.marks.append(time.monotonic())
-        elapsed = self.marks[-1] - self.marks[0]
-        if step >= MEASURE_TO or elapsed > 0.5 * self.seconds:
-            # The median: the first steps, and those beside which images are prepared, are slower than most.
-            durations = np.diff(self.marks[MEASURE_FROM:] if step > 2 * MEASURE_FROM else self.marks)
-            pace = SLACK * float(np.median(durations)) if len(durations) else elapsed
-            steps = _agreed(step + max(1, int((self.seconds - elapsed) / max(pace, 1e-6))))
-            if self.rank == 0:
-                write_json(self.file, {"format": 1, "steps": steps, "seconds_per_step": round(pace, 5)})
-            self.steps = steps
-
-    def is_spent(self, step: int) -> bool:
-        return self.steps is not None and step >= self.steps
-
-    def is_validation(self, step: int) -> bool:
-        """Evenly spread, the last at the end."""
-        if self.steps is None:
-            return False
-        every = max(1, math.ceil(self.steps / self.validations))
-        return step == self.steps or (step % every == 0 and self.steps - step >= every / 2)
 
 
 def update_average(ema: torch.optim.swa_utils.AveragedModel, model: torch.nn.Module, decay: float) -> None:

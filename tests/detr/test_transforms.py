@@ -18,7 +18,6 @@ from detr.transforms import (
     ImageError,
     annotations_to_target,
     augment_detr,
-    augment_light,
     boxes_to_targets,
     center_crop,
     crop,
@@ -26,10 +25,13 @@ from detr.transforms import (
     hflip,
     input_size,
     jitter_colour,
+    mosaic,
     pad,
     random_crop,
+    random_flips,
     random_pad,
     random_size_crop,
+    random_zoom,
     resize,
     to_uint8,
     vflip,
@@ -202,13 +204,15 @@ def test_a_flip_moves_boxes_with_their_objects_and_twice_is_the_identity(flip):
         assert torch.equal(back["boxes"], before) and torch.equal(target["boxes"], before)
 
 
+def augment(image, target, rng, scale, **flips):
+    return random_zoom(*random_flips(image, target, rng, **{"horizontal": True, "vertical": True, **flips}), rng, scale)
+
+
 def test_light_augmentation_keeps_boxes_on_their_objects_and_inside_the_image():
     sizes, dropped, total = set(), 0, 0
     for seed in range(300):
         image, target = painted(seed)
-        got, after = augment_light(
-            image, target, np.random.default_rng(seed), horizontal_flip=True, vertical_flip=True, scale=0.6
-        )
+        got, after = augment(image, target, np.random.default_rng(seed), 0.6)
         boxes, labels = after["boxes"], after["labels"]
         assert len(boxes) == len(labels) and boxes.dtype == torch.float32 and labels.dtype == torch.int64
         assert (boxes >= 0).all() and (boxes[:, 2:] > boxes[:, :2]).all()
@@ -227,14 +231,49 @@ def test_light_augmentation_keeps_boxes_on_their_objects_and_inside_the_image():
 
 def test_light_augmentation_follows_its_settings_and_its_generator():
     image, target = painted(3)
-    off = {"horizontal_flip": False, "vertical_flip": False, "scale": 0.0}
+    off = {"horizontal": False, "vertical": False, "scale": 0.0}
     for seed in range(10):
-        same, after = augment_light(image, target, np.random.default_rng(seed), **off)
+        same, after = augment(image, target, np.random.default_rng(seed), **off)
         assert np.array_equal(np.asarray(same), np.asarray(image)) and torch.equal(after["boxes"], target["boxes"])
-    on = {"horizontal_flip": True, "vertical_flip": False, "scale": 0.5}
-    runs = [augment_light(image, target, np.random.default_rng(seed), **on)[0] for seed in (1, 1, 2)]
+    on = {"horizontal": True, "vertical": False, "scale": 0.5}
+    runs = [augment(image, target, np.random.default_rng(seed), **on)[0] for seed in (1, 1, 2)]
     assert np.array_equal(np.asarray(runs[0]), np.asarray(runs[1]))
     assert runs[0].size != runs[2].size or not np.array_equal(np.asarray(runs[0]), np.asarray(runs[2]))
+
+
+def one_object(label: int, width: int, height: int, rng: np.random.Generator):
+    """A black image with one rectangle of its label's colour."""
+    w, h = (int(side * rng.uniform(0.2, 0.6)) for side in (width, height))
+    x, y = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[y : y + h, x : x + w] = COLOURS[label]
+    target = {"boxes": torch.tensor([[x, y, x + w, y + h]], dtype=torch.float32), "labels": torch.tensor([label])}
+    return Image.fromarray(pixels), target
+
+
+def test_a_mosaic_shows_four_images_with_their_boxes_at_about_their_scale():
+    config, gone, scales = ModelConfig(preset="tiny"), 0, []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        sizes = [(640, 480), (300, 500), (200, 100), (640, 480)]  # one wide enough only when it is enlarged
+        parts = [one_object(label, *size, rng) for label, size in enumerate(sizes)]
+        canvas, target = mosaic(parts, rng, config)
+        assert canvas.size == (256, 192) and len(target["boxes"]) == len(target["labels"])
+        labels = target["labels"].tolist()
+        for label, (image, before) in enumerate(parts):
+            shown = np.argwhere(np.abs(np.asarray(canvas, np.int64) - COLOURS[label]).max(-1) < 110)
+            area = float((before["boxes"][0, 2:] - before["boxes"][0, :2]).prod())
+            if label not in labels:
+                assert image.width < 640 or len(shown) < 0.4 * area * (1.5 * 0.4) ** 2, "it is still to be seen"
+                gone += 1
+                continue
+            box = target["boxes"][labels.index(label)]
+            assert np.abs(box.numpy() - extent(shown)).max() <= 1.5, "the box is not where its object is"
+            scale = (box[2:] - box[:2]) / (before["boxes"][0, 2:] - before["boxes"][0, :2]) / 0.4
+            if label == 0 and abs(scale[0] / scale[1] - 1) < 0.03:  # as good as whole
+                scales.append(float(scale.mean()))
+    assert 0 < gone < 400
+    assert np.quantile(scales, 0.1) > 0.68 and max(scales) < 1.53 and np.ptp(scales) > 0.5
 
 
 def test_colour_changes_pixels_within_its_amount():
@@ -357,7 +396,8 @@ def test_an_image_without_boxes_passes_through_everything():
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        _, after = augment_light(noise(), empty, rng, horizontal_flip=True, vertical_flip=True, scale=0.5)
+        _, after = augment(noise(), empty, rng, 0.5)
+        assert mosaic([(noise(), empty)] * 4, rng, ModelConfig(preset="tiny"))[1]["boxes"].shape == (0, 4)
         _, published = augment_detr(noise(), empty, rng, 1333)
         assert after["boxes"].shape == published["boxes"].shape == (0, 4)
         assert len(after["labels"]) == len(published["labels"]) == 0

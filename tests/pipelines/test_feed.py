@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from detr.config import ModelConfig
-from pipelines.feed import open_feed
-from pipelines.settings import AugmentSettings
+from pipelines import feed as module
+from pipelines.feed import SMALL_SEGMENT, _segments, first_model, open_feed
+from pipelines.settings import AugmentSettings, TrainSettings
 from pipelines.stage import write_json
 
 ROWS = (5, 4, 2)
@@ -110,6 +111,56 @@ def test_pixels_and_boxes_arrive_as_stored(dataset):
         at += int(count)
 
 
+def test_mosaics_begin_when_images_are_known_and_keep_their_shape(dataset):
+    mosaic, plain = (feed(dataset, batch_size=11, recipe="light", scale=0, mosaic=share) for share in (1.0, 0.0))
+    first, tenth = 0, 10  # a step is an epoch
+    assert torch.equal(mosaic.batch(first)["counts"], plain.batch(first)["counts"])
+    ours, theirs = mosaic.batch(tenth), plain.batch(tenth)
+    assert torch.equal(ours["sizes"], theirs["sizes"]) and torch.equal(ours["image_ids"], theirs["image_ids"])
+    assert not torch.equal(ours["images"], theirs["images"]) and len(ours["labels"]) != len(theirs["labels"])
+    greys = [len(image[:, :h, :w].unique()) for image, (h, w) in zip(ours["images"], ours["sizes"], strict=True)]
+    assert max(greys) > 1, "no image is made of several"
+
+
+def test_images_are_smaller_in_the_first_part(dataset):
+    full = ModelConfig(preset="tiny", image_size=48, image_max_size=64)
+    first = first_model(full, TrainSettings(first_image_size=24))
+    assert (first.image_size, first.image_max_size) == (24, 32)
+    for options in ({}, {"first_image_size": 48}, {"first_image_size": 24, "first_share": 0}):
+        assert first_model(full, TrainSettings(**options)) is None
+    settings = AugmentSettings(recipe="none")
+    one = open_feed(dataset, "train", full, settings, 10**6, 3, 0, first=first)
+    small, large = one.batch(2, small=True), one.batch(2)
+    assert torch.equal(small["sizes"] * 2, large["sizes"]) and torch.equal(small["boxes"], large["boxes"])
+    assert 0.25 < one.first_cost() < 0.5 and feed(dataset).first_cost() == 1
+
+
+def test_segments_end_where_images_get_their_full_size():
+    parts = list(_segments(0, 100, 40, lambda: 33))
+    assert [small for *_, small in parts] == sorted((small for *_, small in parts), reverse=True)
+    assert [(a, b) for a, b, _ in parts if a == 33 or b == 33] == [(15, 33), (33, 73)]
+    assert [step for first, end, _ in parts for step in range(first, end)] == list(range(100))
+    assert not any(small for *_, small in _segments(0, 100, 40, lambda: 0))
+
+    unknown = _segments(0, None, 1000, lambda: None)
+    assert all(small and end - first <= SMALL_SEGMENT for first, end, small in (next(unknown) for _ in range(9)))
+
+
+@pytest.mark.parametrize("decided", [1, 2, 5, 17, 60, 99])
+@pytest.mark.parametrize("later", [1, 2, 30])
+def test_images_have_their_full_size_from_the_step_that_is_decided_on_the_way(dataset, monkeypatch, decided, later):
+    """However much is prepared ahead by then."""
+    monkeypatch.setattr(module, "_prepare_segment", lambda feed, first, end, small: [(first, end, small)])
+    monkeypatch.setattr(module, "_batches", lambda blocks: ((step, blocks[0][2]) for step in range(*blocks[0][:2])))
+    monkeypatch.setattr(module, "load_tensors", lambda batch: batch)
+    known, given = [None], []
+    for step, small in feed(dataset).stream(0, 150, lambda: known[0]):
+        given.append((step, small))
+        if step + 1 == decided:
+            known[0] = decided + later
+    assert given == [(step, step < decided + later) for step in range(150)]
+
+
 @pytest.mark.ray
 def test_ray_streams_the_same_batches_from_any_step_to_the_last(dataset, ray_cluster, monkeypatch):
     monkeypatch.setattr("pipelines.feed.SEGMENT_BYTES", 3 * 256**2 * 2 * 40)  # several segments
@@ -119,3 +170,8 @@ def test_ray_streams_the_same_batches_from_any_step_to_the_last(dataset, ray_clu
         steps.append(int(batch["step"]))
         assert torch.equal(batch["images"], one.batch(steps[-1])["images"])
     assert steps == list(range(3, 60))
+    small = ModelConfig(preset="tiny", image_size=24)
+    one = open_feed(dataset, "train", one.model, one.augment, 10**6, 2, 0, first=small)
+    for batch in one.stream(0, 12, lambda: 5):
+        step = int(batch["step"])
+        assert torch.equal(batch["images"], one.batch(step, small=step < 5)["images"])

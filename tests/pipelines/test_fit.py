@@ -5,6 +5,7 @@ import pytest
 import yaml
 from test_look import dataset
 
+from pipelines.feed import first_model
 from pipelines.fit import fit_to_data
 from pipelines.settings import FitSettings, RunSettings, UserError, load_settings, override_settings
 from pipelines.workflow import _training_settings
@@ -34,6 +35,22 @@ def test_small_boxes_enlarge_the_images_until_they_fill_a_cell(tmp_path):
     assert fitted(tmp_path, square)[0].image_size == 264
     small = [((300, 200), [([0.0, 0.0, 4.0, 4.0], 0)])]
     assert fitted(tmp_path, small)[0].image_max_size == 320  # no more than there is: nothing is enlarged
+
+
+def test_enlarged_images_are_small_at_first_unless_told(tmp_path):
+    folder = dataset(tmp_path, ["cat"], train=[boxes_of(16.0)], val=[boxes_of(16.0)])
+    settings, said = fit_to_data(RunSettings(), folder)
+    assert (settings.train.first_image_size, settings.model.image_size) == (192, 240)
+    assert "256x192 for 60% of the time" in said[1]
+    told, _ = fit_to_data(load_settings(None, ["train.first_image_size=100"]), folder)
+    assert told.train.first_image_size == 100
+    other = override_settings(settings, {"model": "small"})  # as a sweep does
+    assert fit_to_data(other, folder)[0].train.first_image_size is None and other.model.image_size == 288
+    off, said = fit_to_data(load_settings(None, ["train.first_share=0"]), folder)
+    assert "of the time" not in said[1] and first_model(off.model, off.train) is None
+    (tmp_path / "large").mkdir()
+    large = dataset(tmp_path / "large", ["cat"], train=[boxes_of(64.0)], val=[boxes_of(64.0)])
+    assert fit_to_data(RunSettings(), large)[0].train.first_image_size is None
 
 
 def test_two_queries_to_each_object_of_the_fullest_image(tmp_path):

@@ -10,7 +10,7 @@ from test_feed import dataset as images  # noqa: F401
 from pipelines import suggest as module
 from pipelines.settings import UserError, load_settings
 from pipelines.stage import read_json, write_json
-from pipelines.suggest import choose, scaled_rate, suggest, suggestion_table
+from pipelines.suggest import choose, measure, scaled_rate, suggest, suggestion_table
 
 SMALL = ["model.hidden_dim=32", "model.nheads=4", "model.enc_layers=1", "model.dec_layers=1"]
 
@@ -44,8 +44,8 @@ def test_the_rate_follows_the_root_of_the_batch():
     assert scaled_rate(1e-3, 8, 2) == pytest.approx(5e-4)
 
 
-def test_batches_grow_until_the_images_end_and_a_command_can_be_copied(dataset):
-    found = suggest(load_settings(None, SMALL), dataset, torch.device("cpu"))
+def test_batches_grow_until_the_images_end_and_what_is_suggested_can_be_copied(dataset):
+    found = suggest(load_settings(None, SMALL), dataset, False, measure)
     sizes = [r["batch_size"] for r in found["rows"]]
     assert sizes == [2, 4, 8]  # 16 would be more than there are
     assert all(r["fits"] and r["images_per_second"] > 0 for r in found["rows"])
@@ -57,12 +57,22 @@ def test_batches_grow_until_the_images_end_and_a_command_can_be_copied(dataset):
 def test_a_batch_too_large_for_the_memory_is_a_row_and_no_end(dataset, monkeypatch):
     def step(net, criterion, optimizer, batch, *rest):
         if len(batch["counts"]) > limit:
-            raise torch.OutOfMemoryError("no more")
+            raise error
 
     monkeypatch.setattr(module, "train_step", step)
-    limit = 2
-    found = suggest(load_settings(None, SMALL), dataset, torch.device("cpu"))
+    limit, error = 2, torch.OutOfMemoryError("no more")
+    found = suggest(load_settings(None, SMALL), dataset, False, measure)
     assert [r["fits"] for r in found["rows"]] == [True, False] and found["settings"][0] == "train.batch_size=2"
-    limit = 0
+    limit, error = 0, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     with pytest.raises(UserError, match="Not even 2 images"):
-        suggest(load_settings(None, SMALL), dataset, torch.device("cpu"))
+        suggest(load_settings(None, SMALL), dataset, False, measure)
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        suggest(load_settings(None, SMALL), dataset, False, measure)
+
+
+@pytest.mark.ray
+def test_a_worker_measures_as_a_training_does(dataset, ray_cluster):
+    found = suggest(load_settings(None, SMALL), dataset, False)
+    assert [r["fits"] for r in found["rows"]] == [True] * 3 and found["device"].endswith("CPU cores")
+    assert all(0 < r["memory_gb"] < 8 for r in found["rows"])

@@ -1,4 +1,4 @@
-"""What the training loop decides, without Ray: schedule, budget, history, starting weights, bad numbers."""
+"""What the training loop decides, without Ray: history, starting weights, bad numbers."""
 from __future__ import annotations
 
 import json
@@ -17,12 +17,11 @@ from pipelines.sample import write_sample
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
 from pipelines.tracking import tracker
 from pipelines.train import (
-    _Budget,
     _Log,
     find_weights,
     load_initial_weights,
-    lr_factor,
     read_history,
+    set_up,
     train_step,
     update_average,
 )
@@ -33,57 +32,22 @@ SMALL = {
 }  # fmt: skip
 
 
-class FakeFeed:
-    rank = 0
+def test_a_backbone_with_trained_weights_learns_at_a_tenth_of_the_rate(tmp_path):
+    def rates(**options) -> list[float]:
+        told = {"lr": 1e-3, "optimizer": "adamw", **options}
+        changes = {f"train.{key}": value for key, value in told.items()}
+        settings = override_settings(RunSettings(model=SMALL), changes)
+        optimizer = set_up(settings, ["a", "b", "c"], torch.device("cpu"))[3]
+        return [group["lr"] for group in optimizer.param_groups]
 
-    def steps_per_epoch(self):
-        return 7.5
-
-
-def test_the_learning_rate_warms_up_and_falls():
-    options = TrainSettings(warmup_steps=10)
-    factors = [lr_factor(step, 100, options) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1) and max(factors) <= 1
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert factors[-1] < 0.03
-    step = TrainSettings(warmup_steps=0, lr_schedule="step", lr_drop=0.8)
-    assert [lr_factor(s, 10, step) for s in (0, 7, 8, 9)] == [1.0, 1.0, 0.1, 0.1]
-
-
-def test_a_backbone_with_trained_weights_learns_at_a_tenth_of_the_rate():
-    assert TrainSettings(lr=1e-3).backbone_rate() == 1e-3
-    assert TrainSettings(lr=1e-3, backbone_weights="imagenet").backbone_rate() == pytest.approx(1e-4)
-    assert TrainSettings(lr=1e-3, init_from="checkpoint").backbone_rate() == pytest.approx(1e-4)
-    assert TrainSettings(lr=1e-3, lr_backbone=0, init_from="checkpoint").backbone_rate() == 0
-
-
-@pytest.mark.parametrize(("budget", "steps"), [("40 steps", 40), ("4 epochs", 30)])
-def test_a_budget_in_steps_or_epochs_is_known_at_once(tmp_path, budget, steps):
-    options = TrainSettings(budget=budget, validations=3)
-    assert _Budget(options, FakeFeed(), tmp_path).steps == steps
-
-
-def test_minutes_become_steps_once_and_are_remembered(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    options = TrainSettings(budget="100 seconds")
-    budget = _Budget(options, FakeFeed(), tmp_path)
-    step = 0
-    while budget.steps is None:
-        step += 1
-        now[0] += 5.0 if step < 5 else 0.25  # the first steps are slow
-        budget.tick(step)
-    assert step == module.MEASURE_TO
-    assert now[0] + (budget.steps - step) * 0.25 * module.SLACK == pytest.approx(100 + 5.0, abs=1)
-    assert _Budget(options, FakeFeed(), tmp_path).steps == budget.steps  # as after a kill
-
-
-def test_validations_are_spread_evenly_and_the_last_step_has_one(tmp_path):
-    for total, wanted in ((100, 5), (101, 5), (7, 6), (3, 6), (1, 4)):
-        budget = _Budget(TrainSettings(budget=f"{total} steps", validations=wanted), FakeFeed(), tmp_path)
-        steps = [s for s in range(1, total + 1) if budget.is_validation(s)]
-        assert steps[-1] == total and len(steps) <= wanted
-        assert len(set(steps)) == len(steps)
+    categories = [{"id": i, "name": name} for i, name in enumerate("abc")]
+    save_checkpoint(tmp_path / "same", DETR(ModelConfig(**SMALL)), categories)
+    save_checkpoint(tmp_path / "other", DETR(ModelConfig(**{**SMALL, "backbone": "medium"})), categories)
+    assert rates() == pytest.approx([1e-3, 1e-3])
+    assert rates(init_from=str(tmp_path / "same")) == pytest.approx([1e-3, 1e-4])
+    assert rates(init_from=str(tmp_path / "other")) == pytest.approx([1e-3, 1e-3])  # another backbone starts at random
+    assert rates(init_from=str(tmp_path / "same"), lr_backbone=5e-4) == pytest.approx([1e-3, 5e-4])
+    assert rates(lr_backbone=0) == pytest.approx([1e-3])
 
 
 def test_steps_done_again_after_a_stop_count_once(tmp_path):
@@ -209,6 +173,7 @@ def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_pa
     assert len((tmp_path / "progress.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.ray
 def test_patience_ends_a_training_that_gets_no_better(tmp_path, ray_cluster):
     """Weights that do not move: no validation is better than the first."""
     settings = override_settings(RunSettings(), {

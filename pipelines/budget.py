@@ -1,0 +1,137 @@
+"""How long a training lasts: its steps, those at smaller images among them, its validations and its learning rate."""
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipelines.feed import Feed
+from pipelines.settings import TrainSettings, parse_budget
+from pipelines.stage import read_json, write_json
+
+MEASURE_FROM, MEASURE_TO = 20, 120  # steps whose speed turns a budget in minutes into steps
+SLACK = 1.1  # a step takes this much longer on average than at the median
+
+
+class Budget:
+    """When training ends, validates and sees images at full size, in steps.
+
+    Minutes become steps after a measured warm-up, and once more later, when the pace of the rest is known: in the first
+    part at smaller images that of full size is only guessed, and mosaics come after some epochs. What was decided is
+    kept in a file, so that a training that goes on after a stop ends where it would have.
+    """
+
+    def __init__(self, options: TrainSettings, feed: Feed, folder: Path):
+        amount, unit = parse_budget(options.budget)
+        self.validations, self.rank = options.validations, feed.rank
+        self.file = folder / "budget.json"
+        self.seconds = amount if unit == "seconds" else None
+        self.part = options.first_share if feed.first else 0.0
+        self.cost = feed.first_cost()  # of a step of the first part, one at full size costing 1
+        self.steps: int | None = None
+        self.full_from: int | None = None if self.part else 0
+        self.again: int | None = None  # the step after which minutes become steps once more
+        self.durations: list[float] = []
+        self.began = time.monotonic()
+        if unit == "seconds":
+            if self.file.is_file():
+                known = read_json(self.file)
+                self.steps, self.full_from, self.cost = known["steps"], known["full_from"], known["cost"]
+        else:
+            self.steps = max(1, math.ceil(amount * feed.steps_per_epoch()) if unit == "epochs" else round(amount))
+            self.full_from = round(self.steps * self.part / (self.part + (1 - self.part) * self.cost))
+
+    def start(self) -> None:
+        """Called before every step, and before its batch is awaited."""
+        self.began = time.monotonic()
+
+    def tick(self, step: int) -> None:
+        """Called after every step, with the number of steps so far."""
+        if self.seconds is None or (self.steps is not None and (self.again is None or step > self.again)):
+            return
+        self.durations.append(time.monotonic() - self.began)
+        if self.steps is None:
+            plan = self._plan(step)
+        elif step == self.again:
+            plan = self._plan_again(step)
+        else:
+            return
+        if plan := _of_first_worker(plan):  # every worker asks at the same steps
+            self.steps, self.full_from, self.cost = plan
+            rest = self.steps - self.full_from
+            at = self.full_from + min(MEASURE_TO, rest // 2) if self.part else self.steps // 2
+            self.again = at if self.again is None and step < at else None
+            if self.rank == 0:
+                record = {"format": 2, "steps": self.steps, "full_from": self.full_from, "cost": round(self.cost, 5)}
+                write_json(self.file, record)
+
+    def share(self, step: int) -> float | None:
+        """The share of the training that is over after so many steps, by the time they take; None while unknown."""
+        if self.steps is None:
+            return None
+
+        def spent(steps: int) -> float:
+            return min(steps, self.full_from) * self.cost + max(0, steps - self.full_from)
+
+        return spent(step) / spent(self.steps)
+
+    def is_spent(self, step: int) -> bool:
+        return self.steps is not None and step >= self.steps
+
+    def is_validation(self, step: int) -> bool:
+        """Evenly spread over the time, the last at the end."""
+        if self.steps is None:
+            return False
+        here, before = (math.floor(self.share(s) * self.validations) for s in (step, step - 1))
+        return step == self.steps or here > before
+
+    def _plan(self, step: int) -> tuple[int, int, float] | None:
+        """Steps, those of them at smaller images, and what these cost; None while the pace is still measured."""
+        elapsed = sum(self.durations)
+        if step < MEASURE_TO and elapsed <= 0.5 * (self.part or 1) * self.seconds:
+            return None
+        # The median: the first steps, and those beside which images are prepared, are slower than most.
+        measured = self.durations[MEASURE_FROM:] if step > 2 * MEASURE_FROM else self.durations
+        pace = SLACK * max(float(np.median(measured)), 1e-6)
+        if not self.part:
+            return step + _whole((self.seconds - elapsed) / pace), 0, self.cost
+        full_from = step + _whole((self.part * self.seconds - elapsed) / pace)
+        return full_from + _whole((1 - self.part) * self.seconds * self.cost / pace), full_from, self.cost
+
+    def _plan_again(self, step: int) -> tuple[int, int, float]:
+        """The same with what is known by now."""
+        small, full = self.durations[: self.full_from], self.durations[self.full_from :]
+        known = full[MEASURE_FROM:] if len(full) > 2 * MEASURE_FROM else full
+        pace = max(float(np.mean(known)), 1e-6)
+        left = self.seconds - sum(self.durations)
+        cost = float(np.mean(small)) / pace if small else self.cost
+        return step + _whole(left / pace), self.full_from, cost
+
+
+def lr_factor(step: int, share: float | None, options: TrainSettings) -> float:
+    """What the learning rates are multiplied with at a step: linear warm-up, then the schedule.
+
+    share: of the training that is over before the step. While that is not known (a budget in minutes being measured)
+    the schedule is at its start.
+    """
+    warmup = min(1.0, (step + 1) / options.warmup_steps) if options.warmup_steps else 1.0
+    if share is None:
+        return warmup
+    if options.lr_schedule == "step":
+        return warmup * (1.0 if share < options.lr_drop else 0.1)
+    return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def _whole(steps: float) -> int:
+    return max(1, int(steps))
+
+
+def _of_first_worker(plan: tuple[int, int, float] | None) -> tuple[int, int, float] | None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return plan
+    box = [plan]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
