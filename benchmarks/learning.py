@@ -3,6 +3,7 @@
 \b
     python benchmarks/learning.py --minutes 10 --seed 0 --seed 1 --seed 2 --plot learning.png
     python benchmarks/learning.py --data path/to/coco --preset tiny --minutes 30 --points 10
+    python benchmarks/learning.py --ours-alone --with model.denoising.groups=0 --with 'train.ema_decay=0 train.lr=1e-3'
 
 Without --data the images are the built-in ones, with ours as in configs/sample.yaml; a COCO folder holds images/,
 instances_train.json and instances_val.json, and ours has its default settings.
@@ -37,6 +38,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+import yaml
 from common import machine, print_table, process_options, run_side, synchronize, write_result
 from PIL import Image
 from torch import Tensor
@@ -51,7 +53,7 @@ from pipelines.budget import lr_factor
 from pipelines.detect import Detector
 from pipelines.feed import Feed, first_model, open_feed
 from pipelines.fit import fit_to_data
-from pipelines.settings import RunSettings, UserError, load_settings
+from pipelines.settings import RunSettings, UserError, load_settings, override_settings
 from pipelines.stage import read_json
 from pipelines.train import set_up, train_step, update_average, validate
 
@@ -66,7 +68,8 @@ def make_settings(
 ) -> RunSettings:
     """The settings of a side; images, augmentation and input size are the same for all. Raises UserError.
 
-    The size is that of the first preset, fitted to the ingested dataset where one is given.
+    The size is that of the first preset, fitted to the ingested dataset where one is given. What follows our preset in
+    a side's name is set besides.
     """
     config = CONFIGS / "sample.yaml" if built_in else None
     ours = load_settings(config, [f"model.preset={presets[0]}"])
@@ -81,11 +84,18 @@ def make_settings(
             f"train.lr_backbone={published.train.lr}",
         ])  # fmt: skip
     else:  # Faster R-CNN takes its images, its batch size and its warm-up from ours
-        preset = presets[0] if side == FASTER_RCNN else side.removeprefix(OURS)
+        preset, _, changes = (presets[0] if side == FASTER_RCNN else side.removeprefix(OURS)).partition(" ")
         settings = load_settings(config, [f"model.preset={preset}", *same])
     same_feed = {key: getattr(ours.train, key) for key in ("augment", "first_image_size", "first_share")}
     train = settings.train.model_copy(update=same_feed)
-    return settings.model_copy(update={"train": train, "sample": ours.sample, "ingest": ours.ingest})
+    settings = settings.model_copy(update={"train": train, "sample": ours.sample, "ingest": ours.ingest})
+    if side in (PUBLISHED, FASTER_RCNN) or not changes:
+        return settings
+    try:
+        told = dict(change.split("=", 1) for change in changes.split())
+        return override_settings(settings, {key: yaml.safe_load(value) for key, value in told.items()})
+    except ValueError as error:  # no "=" in it
+        raise UserError(f"--with {changes!r} is not KEY=VALUE KEY=VALUE ...", 2) from error
 
 
 class OurLearner:
@@ -325,25 +335,36 @@ def plot_runs(sides: dict[str, dict[str, Any]], path: Path, title: str) -> None:
               help="Training time of every side.")  # fmt: skip
 @click.option("--points", type=click.IntRange(1), default=6, show_default=True, help="How often AP is measured.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=[0], show_default=True, help="May be repeated.")
+@click.option("--with", "changes", multiple=True, metavar="'KEY=VALUE ...'",
+              help="The first preset once more with these settings; may be repeated.")  # fmt: skip
+@click.option("--ours-alone", is_flag=True, help="Without the published DETR and Faster R-CNN.")
 @click.option("--plot", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Draw AP over minutes.")
 @process_options
 @click.option("--dataset", type=Path, hidden=True)
 @click.option("--own-seed", type=int, hidden=True)
-def main(data, presets, minutes, points, seeds, plot, device, threads, as_json, side, folder, dataset, own_seed):
+def main(
+    data, presets, minutes, points, seeds, changes, ours_alone, plot, device, threads, as_json, side, folder, dataset,
+    own_seed,
+):  # fmt: skip
     if threads:
         torch.set_num_threads(threads)
     if side:
         settings = make_settings(side, presets, data is None, own_seed, dataset)
         write_result(folder, measure(side, settings, dataset, 60 * minutes, points, torch.device(device)), None)
         return
-    sides = [PUBLISHED, *(OURS + preset for preset in dict.fromkeys(presets)), FASTER_RCNN]
+    ours_as = dict.fromkeys([*presets, *(f"{presets[0]} {' '.join(change.split())}" for change in changes)])
+    sides = [OURS + name for name in ours_as]
+    if not ours_alone:
+        sides = [PUBLISHED, *sides, FASTER_RCNN]
     runs: dict[str, list] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as place:
         try:
-            settings = [make_settings(name, presets, data is None, 0) for name in sides]
+            for name in sides:  # what is wrong is said before anything starts
+                make_settings(name, presets, data is None, 0)
+            plain = make_settings(OURS + presets[0], presets, data is None, 0)
             with redirect_stdout(sys.stderr):
-                dataset = make_dataset(settings[1], data, Path(place))
-            ours = make_settings(sides[1], presets, data is None, 0, dataset)
+                dataset = make_dataset(plain, data, Path(place))
+            ours = make_settings(OURS + presets[0], presets, data is None, 0, dataset)
             model, first = ours.model, first_model(ours.model, ours.train)
         except UserError as error:
             failure = click.ClickException(str(error))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
@@ -30,6 +31,19 @@ class RateColumn(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed >= 0.5 else f"{60 * speed:.1f}/min")
 
 
+class TimeLeftColumn(TimeRemainingColumn):
+    """The seconds in the task's field `left` where there is one, else by its rate."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("left")
+        return super().render(task) if left is None else Text(duration(left), style="progress.remaining")
+
+
+def duration(seconds: float) -> str:
+    """As h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
+
+
 def progress(**options) -> Progress:
     """A rich Progress with count, rate and time left."""
     return Progress(
@@ -37,7 +51,7 @@ def progress(**options) -> Progress:
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         RateColumn(),
-        TimeRemainingColumn(),
+        TimeLeftColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
         **options,

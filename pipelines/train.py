@@ -35,7 +35,7 @@ from pipelines.detect import Detector
 from pipelines.evaluate import coco_metrics, coco_truth, detect_rows, detections_to_coco
 from pipelines.feed import Feed, first_model, open_feed
 from pipelines.fit import fit_to_data
-from pipelines.progress import console, progress
+from pipelines.progress import console, duration, progress
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json, write_json
@@ -188,7 +188,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
             update_average(ema, model, options.ema_decay)
             state["step"] = step = step + 1
             budget.tick(step)
-            log.step(step, budget.steps, losses, norm, optimizer.param_groups[0]["lr"], options.batch_size * workers)
+            rate, images = optimizer.param_groups[0]["lr"], options.batch_size * workers
+            log.step(step, budget.steps, budget.share(step), losses, norm, rate, images)
             if budget.is_validation(step):
                 metrics = {"AP": 0.0, "AP50": 0.0}
                 if rank == 0:
@@ -420,8 +421,9 @@ class _Log:
                      "trainable": parameters[1], "workers": workers, "epoch_images": feed.images})  # fmt: skip
 
     def step(
-        self, step: int, steps: int | None, losses: dict[str, Tensor], norm: Tensor, lr: float, images: int
-    ) -> None:
+        self, step: int, steps: int | None, share: float | None, losses: dict[str, Tensor], norm: Tensor, lr: float,
+        images: int,
+    ) -> None:  # fmt: skip
         """Add up on the device; one transfer every LOG_EVERY steps."""
         for name, value in {**losses, "grad_norm": norm}.items():
             value = value.detach()
@@ -434,8 +436,9 @@ class _Log:
         rate = images * self.count / (time.monotonic() - self.since)
         self.rates.append(rate)
         shown = {k: round(v, 5) for k, v in means.items() if k in ("loss", "loss_ce", "loss_bbox", "loss_giou")}
-        self._write({"event": "step", "step": step, "steps": steps, "epoch": round(step / self.per_epoch, 3),
-                     **shown, "lr": lr, "images_per_second": round(rate, 2)})  # fmt: skip
+        self._write({"event": "step", "step": step, "steps": steps, "share": share,
+                     "epoch": round(step / self.per_epoch, 3), **shown, "lr": lr,
+                     "images_per_second": round(rate, 2)})  # fmt: skip
         self._track({**{f"train/{k}": v for k, v in means.items()}, "lr": lr, "images_per_second": rate}, step)
         self.sums, self.count, self.since = {}, 0, time.monotonic()
 
@@ -502,7 +505,7 @@ class _Follower:
     def _follow(self) -> None:
         with progress() as bar:
             task = bar.add_task("train", total=None, note="starting")
-            ap, done = "", False
+            ap, done, began = "", False, None
             while not done:
                 done = self.stop.wait(1.0)
                 records = list(read_progress(self.path))
@@ -523,10 +526,16 @@ class _Follower:
                         )
                     else:
                         note = f"{ap}loss {record['loss']:.2f}, {record['images_per_second']:.0f} images/s"
-                        bar.update(task, completed=record["step"], total=record["steps"], note=note)
+                        left, share = None, record["share"]
+                        if share is not None:  # by the share: steps may get slower
+                            began = began or (time.monotonic(), share)
+                            if share > began[1]:
+                                left = (time.monotonic() - began[0]) / (share - began[1]) * (1 - share)
+                        bar.update(task, completed=record["step"], total=record["steps"], note=note, left=left)
                         if not console.is_terminal and record["step"] % (5 * LOG_EVERY) == 0:
                             of = f" of {record['steps']}" if record["steps"] else ""
-                            console.print(f"  step {record['step']}{of}: {note}")
+                            still = f", {duration(left)} left" if left is not None else ""
+                            console.print(f"  step {record['step']}{of}: {note}{still}")
                 self.seen = len(records)
 
 

@@ -133,6 +133,8 @@ def test_the_sides_see_the_same_images_and_keep_their_recipes():
         assert published.model.backbone == "resnet50" and published.model.class_loss == "softmax"
         assert published.train.backbone_weights is None and published.loss.loss_ce == 1
         assert not ours.fit.image_size and ours.fit.num_queries == (not built_in)
+    changed = learning.make_settings("ours, tiny model.dec_layers=1 train.augment.mosaic=0", ("tiny",), False, 7)
+    assert changed.model == ours.model.model_copy(update={"dec_layers": 1}) and changed.train.augment.mosaic == 0
     second = learning.make_settings("ours, detr_resnet50", ("tiny", "detr_resnet50"), False, 0)
     assert second.model.backbone == "resnet50" and second.model.image_size == 192 and second.train.batch_size == 8
 
@@ -213,9 +215,24 @@ def test_figures_of_several_seeds_are_their_median_and_spread(tmp_path, monkeypa
     assert f"{learning.FASTER_RCNN}, one run: It stopped." in done.stdout
 
 
+def test_options_are_measured_beside_the_preset(monkeypatch):
+    asked = []
+    run = {"parameters": 1, "steps": 1, "images_per_second": 1.0, "stopped": None,
+           "points": [{"minutes": 1, "step": 1, "AP": 0.5, "AP50": 0.5}]}  # fmt: skip
+    monkeypatch.setattr(learning, "run_side", lambda side, *rest: asked.append(side) or run)
+    monkeypatch.setattr(learning, "make_dataset", lambda settings, data, folder: folder)
+    monkeypatch.setattr(learning, "fit_to_data", lambda settings, folder: (settings, []))
+    told = ["--ours-alone", "--with", "train.ema_decay=0", "--with", "model.levels=1  model.two_stage=false"]
+    CliRunner().invoke(learning.main, told, catch_exceptions=False)
+    assert asked == ["ours, tiny", "ours, tiny train.ema_decay=0", "ours, tiny model.levels=1 model.two_stage=false"]
+
+
 def test_what_is_no_preset_or_no_folder_is_told(tmp_path):
     done = CliRunner().invoke(learning.main, ["--preset", "tinny"])
     assert done.exit_code == 2 and "no model preset is named 'tinny'" in done.stderr
+    for change in ("train.lrr=1", "train.lr"):
+        done = CliRunner().invoke(learning.main, ["--with", change])
+        assert done.exit_code == 2 and change.removesuffix("=1") in done.stderr
     done = CliRunner().invoke(learning.main, ["--data", str(tmp_path / "nowhere")])
     assert done.exit_code == 2 and "nowhere" in done.stderr
 

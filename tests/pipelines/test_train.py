@@ -166,7 +166,7 @@ def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_pa
         for step in range(steps):
             losses, norm = train_step(model, criterion, optimizer, batch, step, settings, 0)
             update_average(ema, model, 0.99)
-            log.step(step + 1, steps, losses, norm, 1e-4, 2)
+            log.step(step + 1, steps, None, losses, norm, 1e-4, 2)
     assert set(copies.seen) == {"cpu"}
     # The matcher's, of the proposals, too; and two of the log.
     assert len(copies.seen) == steps * (1 + settings.model.two_stage) + 2
