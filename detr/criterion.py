@@ -80,6 +80,7 @@ class SetCriterion(nn.Module):
             losses |= self._losses(
                 scores.log_softmax(-1) if self.class_loss == "softmax" else scores,
                 at_least_float32(dn["pred_boxes"]), labels, truth, given, num_boxes * denoising.groups, "_dn",
+                denoising.real,
             )  # fmt: skip
         return losses
 
@@ -91,17 +92,17 @@ class SetCriterion(nn.Module):
 
     def _losses(
         self, scores: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor, matches: Matches,
-        num_boxes: Tensor, suffix: str,
+        num_boxes: Tensor, suffix: str, real: Tensor | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """boxes [L, B, Q, 4], scores [L, B, Q, C] -> the three losses of every layer.
 
-        scores: the classes' log-probabilities, or logits with a sigmoid.
+        scores: the classes' log-probabilities, or logits with a sigmoid. real [B, Q]: false where a query is padding.
         """
         layers = scores.shape[0]
         at = (matches.layer, matches.image, matches.query)
         predicted, target = boxes[at], truth[matches.target]
         if self.class_loss == "softmax":
-            ce = self._softmax_loss(scores, labels, matches)
+            ce = self._softmax_loss(scores, labels, matches, real)
         else:
             aim, at_label = torch.zeros_like(scores), (*at, labels[matches.target])
             if self.config.mal_gamma:
@@ -110,7 +111,7 @@ class SetCriterion(nn.Module):
             else:
                 aim[at_label] = 1
                 ce = sigmoid_focal_loss(scores, aim, self.config.focal_alpha, self.config.focal_gamma)
-            ce = ce.flatten(1).sum(1) / num_boxes
+            ce = (ce if real is None else ce * real[..., None]).flatten(1).sum(1) / num_boxes
 
         l1 = (predicted - target).abs().sum(-1)
         giou = 1 - generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
@@ -130,17 +131,19 @@ class SetCriterion(nn.Module):
         aim[at_label] = overlap.to(scores.dtype) ** self.config.mal_gamma
         return F.binary_cross_entropy_with_logits(scores, aim, weight, reduction="none")
 
-    def _softmax_loss(self, log_softmax: Tensor, labels: Tensor, matches: Matches) -> Tensor:
+    def _softmax_loss(self, log_softmax: Tensor, labels: Tensor, matches: Matches, real: Tensor | None) -> Tensor:
         """Cross entropy over all queries, weighted by class, mean per layer: [L]."""
-        layers = log_softmax.shape[0]
         classes = labels.new_full(log_softmax.shape[:3], self.num_classes)
         classes[matches.layer, matches.image, matches.query] = labels[matches.target]
         weight = self.empty_weight.to(log_softmax.dtype)
-        ce = F.nll_loss(log_softmax.flatten(0, 2), classes.flatten(), weight, reduction="none")
-        norm = weight[classes].view(layers, -1).sum(1)
+        ce = F.nll_loss(log_softmax.flatten(0, 2), classes.flatten(), weight, reduction="none").view_as(classes)
+        weights = weight[classes]
+        if real is not None:
+            ce, weights = ce * real, weights * real
+        norm = weights.flatten(1).sum(1)
         if self.config.class_norm == "window":
             norm = self._mean_over_workers(norm)
-        return ce.view(layers, -1).sum(1) / norm
+        return ce.flatten(1).sum(1) / norm
 
     def _errors(
         self, logits: Tensor, labels: Tensor, last: Matches, targets: list[dict[str, Tensor]]

@@ -19,6 +19,7 @@ from detr.boxes import inverse_sigmoid
 from detr.config import DenoisingConfig, ModelConfig
 from detr.position import cell_centres, sine_of_boxes
 
+MOST_DENOISING = 400  # queries of an image, where one group has no more
 NO_SCORE, FAR = -20.0, 10.0  # the logit and the box' coordinates of a proposal that is none
 
 
@@ -48,12 +49,13 @@ class MLP(nn.Module):
 class DenoisingQueries:
     """Noised truth, padded to the same number per image.
 
-    labels [B, P], boxes [B, P, 4] (cxcywh), groups: P = groups * slots; `image`, `query` and `target` [M]
-    say which query stands for which of the batch's concatenated targets.
+    labels [B, P], boxes [B, P, 4] (cxcywh), real [B, P] (false where padded), groups: P = groups * slots; `image`,
+    `query` and `target` [M] say which query stands for which of the batch's concatenated targets.
     """
 
     labels: Tensor
     boxes: Tensor
+    real: Tensor
     groups: int
     image: Tensor
     query: Tensor
@@ -65,6 +67,7 @@ def make_denoising_queries(
 ) -> DenoisingQueries | None:
     """`config.groups` noised copies of every image's boxes, or None when the batch has no box.
 
+    Fewer where that would make more queries than MOST_DENOISING for an image; one copy always.
     Noise is drawn on the CPU from the generator: labels are replaced with probability label_noise; each
     corner moves by up to box_noise times half the box's size. Nothing is copied back from the targets' device.
     """
@@ -73,10 +76,11 @@ def make_denoising_queries(
     if slots == 0 or config.groups == 0:
         return None
     device = targets[0]["boxes"].device
+    groups = min(config.groups, max(1, MOST_DENOISING // slots))
     drawn = []
     first = 0
     for i, count in enumerate(counts):
-        for group in range(config.groups):
+        for group in range(groups):
             flip = torch.rand(count, generator=generator) < config.label_noise
             other = torch.randint(num_classes, (count,), generator=generator)
             move = (torch.rand(count, 4, generator=generator) * 2 - 1) * config.box_noise
@@ -89,21 +93,25 @@ def make_denoising_queries(
     half = truth[:, 2:] / 2
     low = (truth[:, :2] - half + move[:, :2] * half).clamp(0, 1)
     high = (truth[:, :2] + half + move[:, 2:] * half).clamp(0, 1)
-    labels = torch.zeros(len(targets), config.groups * slots, dtype=torch.long, device=device)
+    labels = torch.zeros(len(targets), groups * slots, dtype=torch.long, device=device)
     boxes = torch.full((*labels.shape, 4), 0.5, device=device)
     labels[image, query] = torch.where(flip, other, torch.cat([t["labels"] for t in targets])[target])
     boxes[image, query] = torch.cat([(low + high) / 2, (high - low).clamp(min=1e-3)], 1)
-    return DenoisingQueries(labels, boxes, config.groups, image, query, target)
+    real = torch.zeros_like(labels, dtype=torch.bool)
+    real[image, query] = True
+    return DenoisingQueries(labels, boxes, real, groups, image, query, target)
 
 
-def denoising_mask(num_queries: int, groups: int, slots: int, device: torch.device) -> Tensor:
-    """Who may attend to whom in self-attention [P + Q, P + Q], true where allowed, denoising queries first.
+def denoising_mask(num_queries: int, denoising: DenoisingQueries) -> Tensor:
+    """Who may attend to whom in self-attention [B, 1, P + Q, P + Q], true where allowed, denoising queries first.
 
-    Everybody sees the matched queries; a denoising query also sees its own group.
+    Everybody sees the matched queries; a denoising query also sees its own group, as far as it is no padding.
     """
-    group = torch.arange(groups * slots, device=device) // slots
-    group = torch.cat([group, torch.full((num_queries,), -1, device=device)])
-    return (group[None, :] == -1) | (group[:, None] == group[None, :])
+    slots = denoising.real.shape[1] // denoising.groups
+    group = torch.arange(denoising.real.shape[1], device=denoising.real.device) // slots
+    group = F.pad(group, (0, num_queries), value=-1)
+    allowed = (group[None, :] == -1) | (group[:, None] == group[None, :])
+    return (allowed & F.pad(denoising.real, (0, num_queries), value=True)[:, None])[:, None]
 
 
 class DeformableAttention(nn.Module):
@@ -259,8 +267,7 @@ class AnchorDecoder(nn.Module):
         if denoising is not None:
             tgt = torch.cat([self.label_embed(denoising.labels), tgt], 1)
             anchors = torch.cat([denoising.boxes.to(anchors.dtype), anchors], 1)
-            slots = denoising.labels.shape[1] // denoising.groups
-            self_mask = denoising_mask(len(self.content), denoising.groups, slots, anchors.device)
+            self_mask = denoising_mask(len(self.content), denoising)
         elif self.training:
             tgt = tgt + 0 * self.label_embed.weight.sum()  # every worker's graph holds every parameter
         outputs, boxes = [], []

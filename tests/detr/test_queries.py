@@ -42,6 +42,7 @@ def model() -> DETR:
     nn.init.normal_(model.bbox_embed.layers[-1].weight, std=0.3)
     nn.init.normal_(model.decoder.label_embed.weight)
     nn.init.normal_(model.decoder.content)
+    nn.init.normal_(model.class_embed.bias)
     for layer in model.decoder.layers:
         nn.init.normal_(layer.cross_attn.places.weight, std=0.1)
         nn.init.normal_(layer.cross_attn.shares.weight, std=0.3)
@@ -84,8 +85,9 @@ def test_a_denoising_group_does_not_see_another(model, images):
 
 
 def test_who_may_attend_to_whom():
-    allowed = denoising_mask(num_queries=2, groups=2, slots=2, device=torch.device("cpu"))
-    assert allowed.int().tolist() == [
+    denoising = make_denoising_queries(some_targets([2, 1]), DenoisingConfig(groups=2), 4, generator())
+    full, padded = denoising_mask(2, denoising)[:, 0].int().tolist()
+    assert full == [
         [1, 1, 0, 0, 1, 1],
         [1, 1, 0, 0, 1, 1],
         [0, 0, 1, 1, 1, 1],
@@ -93,6 +95,36 @@ def test_who_may_attend_to_whom():
         [0, 0, 0, 0, 1, 1],
         [0, 0, 0, 0, 1, 1],
     ]
+    assert padded == [[a, 0, b, 0, 1, 1] for a, _, b, *_ in full]
+
+
+@pytest.mark.parametrize("class_loss", ["focal", "softmax"])
+def test_an_image_is_denoised_as_if_it_were_alone(model, images, class_loss):
+    """Fuller images beside it add padding, which is neither seen nor judged."""
+    softmax = CONFIG.model_copy(update={"class_loss": "softmax", "two_stage": False})
+    config = CONFIG if class_loss == "focal" else softmax
+    net = model if class_loss == "focal" else DETR(config).eval()
+    criterion = SetCriterion(config, LossConfig(mal_gamma=1.5 if class_loss == "focal" else 0))
+    few, many = some_targets([2, 5])
+    pixels, mask = (x[:1].expand(2, *x.shape[1:]) for x in images)
+    none = {"labels": few["labels"][:0], "boxes": few["boxes"][:0]}
+    losses = []
+    for targets in ([few, none], [few, many]):
+        denoising = make_denoising_queries(targets, CONFIG.denoising, 4, generator())
+        first = denoising.image == 0
+        with torch.no_grad():
+            out = net(pixels, mask, denoising)
+        out = {**out, "denoising": {k: v[:, :1] for k, v in out["denoising"].items()}}
+        out |= {k: v[:1] for k, v in out.items() if k in ("pred_logits", "pred_boxes")}
+        out |= {"aux_outputs": [{k: v[:1] for k, v in a.items()} for a in out["aux_outputs"]]}
+        if "proposals" in out:
+            out["proposals"] = {k: v[:1] for k, v in out["proposals"].items()}
+        cut = {k: getattr(denoising, k)[first] for k in ("image", "query", "target")}
+        cut |= {k: getattr(denoising, k)[:1] for k in ("labels", "boxes", "real")}
+        losses.append(criterion(out, [few], replace(denoising, **cut)))
+    assert any(name.endswith("_dn") for name in losses[0])
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, msg=name, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- making them
@@ -111,6 +143,14 @@ def test_queries_say_which_box_they_stand_for():
     group = made.query // 3
     assert len(set(zip(group.tolist(), made.target.tolist(), strict=True))) == 16
     assert set(made.image.tolist()) == {0, 2}
+
+
+def test_crowded_images_get_fewer_groups():
+    config = DenoisingConfig(groups=4)
+    for most, groups in ((10, 4), (100, 4), (101, 3), (200, 2), (900, 1)):
+        made = make_denoising_queries(some_targets([most, 2]), config, 4, generator())
+        assert made.groups == groups and made.labels.shape[1] == most * groups
+        assert len(made.target) == (most + 2) * groups
 
 
 def test_noise_keeps_within_its_settings():
