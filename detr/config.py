@@ -22,6 +22,10 @@ class DenoisingConfig(Settings):
     groups: int = Field(0, ge=0, description="copies of every image's boxes per step; 0 switches denoising off")
     label_noise: float = Field(0.2, ge=0, le=1, description="share of the labels replaced by a random class")
     box_noise: float = Field(0.4, ge=0, lt=1, description="corners move by up to this share of half the box's size")
+    negatives: bool = Field(
+        False, description="every copy has a twin with more noise, up to twice as much, that is to find nothing "
+        "(Zhang et al. 2022, DINO: contrastive denoising)",
+    )
 
 
 class LossConfig(Settings):
@@ -136,7 +140,7 @@ FROM_SCRATCH: dict[str, Any] = {
     "queries": "anchors",
     "two_stage": True,
     "class_loss": "focal",
-    "denoising": {"groups": 3},
+    "denoising": {"groups": 2, "negatives": True},
     "upscale": False,
 }
 

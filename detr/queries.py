@@ -49,8 +49,8 @@ class MLP(nn.Module):
 class DenoisingQueries:
     """Noised truth, padded to the same number per image.
 
-    labels [B, P], boxes [B, P, 4] (cxcywh), real [B, P] (false where padded), groups: P = groups * slots; `image`,
-    `query` and `target` [M] say which query stands for which of the batch's concatenated targets.
+    labels [B, P], boxes [B, P, 4] (cxcywh), real [B, P] (false where padded), P a multiple of groups; `image`, `query`
+    and `target` [M] say which query stands for which of the batch's concatenated targets; others are to find nothing.
     """
 
     labels: Tensor
@@ -69,37 +69,44 @@ def make_denoising_queries(
 
     Fewer where that would make more queries than MOST_DENOISING for an image; one copy always.
     Noise is drawn on the CPU from the generator: labels are replaced with probability label_noise; each
-    corner moves by up to box_noise times half the box's size. Nothing is copied back from the targets' device.
+    corner moves by up to box_noise times half the box's size, those of negatives by once to twice as much. Nothing is
+    copied back from the targets' device.
     """
     counts = [len(t["labels"]) for t in targets]
     slots = max(counts, default=0)
     if slots == 0 or config.groups == 0:
         return None
     device = targets[0]["boxes"].device
-    groups = min(config.groups, max(1, MOST_DENOISING // slots))
-    drawn = []
-    first = 0
+    width = slots * (1 + config.negatives)
+    groups = min(config.groups, max(1, MOST_DENOISING // width))
+    drawn, positives = [], []
+    first = made = 0
     for i, count in enumerate(counts):
-        for group in range(groups):
+        for start in range(0, groups * width, slots):
+            negative = config.negatives and start % width > 0
             flip = torch.rand(count, generator=generator) < config.label_noise
             other = torch.randint(num_classes, (count,), generator=generator)
             move = (torch.rand(count, 4, generator=generator) * 2 - 1) * config.box_noise
+            move = move + move.sign() * config.box_noise * negative
             slot = torch.arange(count)
-            drawn.append((flip, other, move, torch.full((count,), i), group * slots + slot, first + slot))
+            drawn.append((flip, other, move, torch.full((count,), i), start + slot, first + slot))
+            positives += [] if negative else [made + slot]
+            made += count
         first += count
-    flip, other, move, image, query, target = (torch.cat(x).to(device) for x in zip(*drawn, strict=True))
+    columns = [*zip(*drawn, strict=True), positives]
+    flip, other, move, image, query, target, positive = (torch.cat(x).to(device) for x in columns)
 
     truth = torch.cat([t["boxes"] for t in targets]).float()[target]
     half = truth[:, 2:] / 2
     low = (truth[:, :2] - half + move[:, :2] * half).clamp(0, 1)
     high = (truth[:, :2] + half + move[:, 2:] * half).clamp(0, 1)
-    labels = torch.zeros(len(targets), groups * slots, dtype=torch.long, device=device)
+    labels = torch.zeros(len(targets), groups * width, dtype=torch.long, device=device)
     boxes = torch.full((*labels.shape, 4), 0.5, device=device)
     labels[image, query] = torch.where(flip, other, torch.cat([t["labels"] for t in targets])[target])
     boxes[image, query] = torch.cat([(low + high) / 2, (high - low).clamp(min=1e-3)], 1)
     real = torch.zeros_like(labels, dtype=torch.bool)
     real[image, query] = True
-    return DenoisingQueries(labels, boxes, real, groups, image, query, target)
+    return DenoisingQueries(labels, boxes, real, groups, image[positive], query[positive], target[positive])
 
 
 def denoising_mask(num_queries: int, denoising: DenoisingQueries) -> Tensor:

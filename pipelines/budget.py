@@ -122,7 +122,8 @@ def lr_factor(step: int, share: float | None, options: TrainSettings) -> float:
         return warmup
     if options.lr_schedule == "step":
         return warmup * (1.0 if share < options.lr_drop else 0.1)
-    return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+    fallen = min(1.0, max(0.0, share - options.lr_flat) / (1 - options.lr_flat))
+    return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
 
 
 def _whole(steps: float) -> int:

@@ -116,7 +116,7 @@ class TrainSettings(Settings):
     optimizer: Literal["adamw", "muon"] = Field(
         "muon", description="adamw: as published; muon: for the matrices inside the network, adamw for the rest"
     )
-    lr: float = Field(1.2e-3, gt=0)
+    lr: float = Field(2e-3, gt=0)
     lr_backbone: float | None = Field(
         None, ge=0, description="0 freezes it; by default lr, and a tenth of it where trained weights are given"
     )
@@ -124,6 +124,10 @@ class TrainSettings(Settings):
     clip_max_norm: float = Field(1.0, ge=0)
     warmup_steps: int = Field(100, ge=0)
     lr_schedule: Literal["step", "cosine"] = "cosine"
+    lr_flat: float = Field(
+        0.5, ge=0, lt=1, description="cosine schedule: share of the training before the rate falls (Huang et al. 2025, "
+        "DEIM: flat cosine)",
+    )
     lr_drop: float = Field(0.8, gt=0, le=1, description="step schedule: share of it before the cut to a tenth")
     ema_decay: float = Field(0.998, ge=0, lt=1, description="moving average of the weights; 0 switches it off")
     first_image_size: int | None = Field(
@@ -176,7 +180,7 @@ class SweepSettings(Settings):
             "loss.cost_class": [2.0, 1.0, 3.0],
             "loss.loss_ce": [1.0, 0.5, 2.0],
             "loss.loss_giou": [2.0, 3.0, 1.0],
-            "train.lr": [1.2e-3, 2e-3, 8e-4],
+            "train.lr": [2e-3, 3e-3, 1.2e-3],
         },
         description="settings by name and the values to try; trial 0 is always the present settings",
     )

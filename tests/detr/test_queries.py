@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import box_convert
 
 from detr.config import DenoisingConfig, LossConfig, ModelConfig
 from detr.criterion import SetCriterion
@@ -15,8 +16,9 @@ from detr.model import DETR, all_layers
 from detr.queries import DeformableAttention, Proposals, Pyramid, denoising_mask, make_denoising_queries
 
 CONFIG = ModelConfig(
-    preset="tiny", hidden_dim=32, nheads=4, dim_feedforward=64, num_queries=10, num_classes=4, dec_layers=2
-)
+    preset="tiny", hidden_dim=32, nheads=4, dim_feedforward=64, num_queries=10, num_classes=4, dec_layers=2,
+    denoising={"groups": 3, "negatives": False},
+)  # fmt: skip
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -143,6 +145,41 @@ def test_queries_say_which_box_they_stand_for():
     group = made.query // 3
     assert len(set(zip(group.tolist(), made.target.tolist(), strict=True))) == 16
     assert set(made.image.tolist()) == {0, 2}
+
+
+def test_negatives_are_further_off_than_positives_and_stand_for_nothing():
+    config = DenoisingConfig(groups=2, label_noise=0, box_noise=0.3, negatives=True)
+    targets = some_targets([40, 30])
+    made = make_denoising_queries(targets, config, 4, generator())
+    assert made.groups == 2 and made.labels.shape == (2, 160) and made.real.sum() == 4 * 70
+    assert len(made.target) == 140 and set((made.query % 80).tolist()) == set(range(40))
+    truth = torch.cat([t["boxes"] for t in targets]).double()
+    labels = torch.cat([t["labels"] for t in targets])
+    twin = made.query + 40
+    assert torch.equal(made.labels[made.image, twin], labels[made.target])
+    for query, low, high in ((made.query, 0.0, 0.3), (twin, 0.3, 0.6)):
+        found, true = (box_convert(x, "cxcywh", "xyxy") for x in (made.boxes[made.image, query], truth[made.target]))
+        moved = (found - true).abs() / (truth[made.target, 2:].repeat(1, 2) / 2)
+        assert low - 1e-3 <= moved.min() and moved.max() <= high + 1e-3 and moved.max() > high - 0.05
+    allowed = denoising_mask(3, made)[0, 0]
+    assert allowed[:80, :80].all() and not allowed[:80, 80:160].any()
+
+
+def test_negatives_pull_scores_down_and_no_box(model, images):
+    config = CONFIG.denoising.model_copy(update={"negatives": True})
+    targets = some_targets([3, 2])
+    denoising = make_denoising_queries(targets, config, 4, generator())
+    out = model(*images, denoising)
+    criterion = SetCriterion(CONFIG, LossConfig())
+    negative = denoising.real.clone()
+    negative[denoising.image, denoising.query] = False
+    assert negative.sum() == denoising.real.sum() / 2
+    losses = criterion(out, targets, denoising)
+    scores, boxes = (out["denoising"][key] for key in ("pred_logits", "pred_boxes"))
+    (of_scores,) = torch.autograd.grad(losses["loss_ce_dn"], scores, retain_graph=True)
+    assert (of_scores[-1][negative] > 0).all()
+    (of_boxes,) = torch.autograd.grad(losses["loss_bbox_dn"], boxes)
+    assert of_boxes[-1][negative].abs().max() == 0 and of_boxes[-1][denoising.image, denoising.query].abs().min() > 0
 
 
 def test_crowded_images_get_fewer_groups():

@@ -104,10 +104,11 @@ def test_validations_are_spread_evenly_over_the_time_and_the_last_step_has_one(t
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    options = TrainSettings(warmup_steps=10)
+    options = TrainSettings(warmup_steps=10, lr_flat=0.4)
     factors = [lr_factor(step, step / 100, options) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) <= 1
-    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[10:41] == [1.0] * 31 and factors[41] < 1
+    assert factors[10:] == sorted(factors[10:], reverse=True) and factors[70] == pytest.approx(0.51)
     assert factors[-1] < 0.03 and lr_factor(50, None, options) == 1
     step = TrainSettings(warmup_steps=0, lr_schedule="step", lr_drop=0.8)
     assert [lr_factor(s, s / 10, step) for s in (0, 7, 8, 9)] == [1.0, 1.0, 0.1, 0.1]
