@@ -106,15 +106,18 @@ def test_faster_rcnn_trains_all_its_weights_on_images_of_the_size_of_ours(datase
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("side", "factors"), [("ours, tiny", [0.51, 0.02]), (learning.PUBLISHED, [1.0, 0.1])])
-def test_our_schedules_follow_the_share_of_the_time_and_the_average_is_what_is_judged(dataset, side, factors):
+@pytest.mark.parametrize(
+    ("side", "shares", "factors"),
+    [("ours, tiny", (0.5, 0.75, 1.0), [1.0, 0.51, 0.02]), (learning.PUBLISHED, (0.5, 1.0), [1.0, 0.1])],
+)
+def test_our_schedules_follow_the_share_of_the_time_and_the_average_is_what_is_judged(dataset, side, shares, factors):
     categories = read_json(dataset / "dataset.json")["categories"]
     settings = learning.make_settings(side, ("tiny",), True, 0)
     small = ModelConfig.model_validate({"preset": "tiny", "num_classes": len(categories)})
     learner = learning.OurLearner(settings.model_copy(update={"model": small}), categories, CPU)
     batch = open_feed(dataset, "train", small, settings.train.augment, 10**6, 2, 0).batch(0)
     rates = []
-    for step, share in ((1000, 0.5), (5000, 1.0)):
+    for step, share in enumerate(shares, 1000):
         learner.step(batch, step, share)
         rates.append(learner.optimizer.param_groups[0]["lr"] / settings.train.lr)
     assert rates == pytest.approx(factors)
