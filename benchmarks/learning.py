@@ -92,10 +92,12 @@ def make_settings(
     if side in (PUBLISHED, FASTER_RCNN) or not changes:
         return settings
     try:
-        told = dict(change.split("=", 1) for change in changes.split())
-        return override_settings(settings, {key: yaml.safe_load(value) for key, value in told.items()})
-    except ValueError as error:  # no "=" in it
+        told = {key: yaml.safe_load(value) for key, value in (change.split("=", 1) for change in changes.split())}
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"--with {changes!r} is not KEY=VALUE KEY=VALUE ...", 2) from error
+    if {"model", "model.preset"} & told.keys():
+        raise UserError("Another model is told with --preset, not with --with.", 2)
+    return override_settings(settings, told)
 
 
 class OurLearner:

@@ -21,10 +21,11 @@ class Budget:
 
     Minutes become steps after a measured warm-up, and once more later, when the pace of the rest is known: in the first
     part at smaller images that of full size is only guessed, and mosaics come after some epochs. What was decided is
-    kept in a file, so that a training that goes on after a stop ends where it would have.
+    kept in a file, and what was spent in the checkpoints (`state`), so that a training that goes on after a stop ends
+    where it would have.
     """
 
-    def __init__(self, options: TrainSettings, feed: Feed, folder: Path):
+    def __init__(self, options: TrainSettings, feed: Feed, folder: Path, state: dict[str, float] | None = None):
         amount, unit = parse_budget(options.budget)
         self.validations, self.rank = options.validations, feed.rank
         self.file = folder / "budget.json"
@@ -34,15 +35,24 @@ class Budget:
         self.steps: int | None = None
         self.full_from: int | None = None if self.part else 0
         self.again: int | None = None  # the step after which minutes become steps once more
-        self.durations: list[float] = []
+        # Seconds that steps took, those of the first part apart; validations done.
+        self.state = {"spent": 0.0, "small": 0.0, "validations": 0, **(state or {})}
+        self.durations: list[float] = []  # of the part that is measured
         self.began = time.monotonic()
         if unit == "seconds":
             if self.file.is_file():
                 known = read_json(self.file)
-                self.steps, self.full_from, self.cost = known["steps"], known["full_from"], known["cost"]
+                self.steps, self.full_from, self.cost, self.again = (
+                    known[key] for key in ("steps", "full_from", "cost", "again")
+                )
         else:
             self.steps = max(1, math.ceil(amount * feed.steps_per_epoch()) if unit == "epochs" else round(amount))
             self.full_from = round(self.steps * self.part / (self.part + (1 - self.part) * self.cost))
+
+    @property
+    def last_step(self) -> int | None:
+        """The number of steps where it is final."""
+        return None if self.again else self.steps
 
     def start(self) -> None:
         """Called before every step, and before its batch is awaited."""
@@ -50,9 +60,14 @@ class Budget:
 
     def tick(self, step: int) -> None:
         """Called after every step, with the number of steps so far."""
-        if self.seconds is None or (self.steps is not None and (self.again is None or step > self.again)):
+        if self.seconds is None or (self.steps is not None and self.again is None):
             return
-        self.durations.append(time.monotonic() - self.began)
+        duration = time.monotonic() - self.began
+        small = self.full_from is None or step <= self.full_from
+        self.state["spent"] += duration
+        self.state["small"] += duration * small
+        if self.steps is None or not small:
+            self.durations.append(duration)
         if self.steps is None:
             plan = self._plan(step)
         elif step == self.again:
@@ -60,13 +75,17 @@ class Budget:
         else:
             return
         if plan := _of_first_worker(plan):  # every worker asks at the same steps
+            first = self.steps is None
             self.steps, self.full_from, self.cost = plan
             rest = self.steps - self.full_from
-            at = self.full_from + min(MEASURE_TO, rest // 2) if self.part else self.steps // 2
-            self.again = at if self.again is None and step < at else None
+            at = self.full_from + min(MEASURE_TO, max(1, rest // 4)) if self.part else self.steps // 2
+            self.again = at if first and step < at < self.steps else None
+            self.durations.clear()
             if self.rank == 0:
-                record = {"format": 2, "steps": self.steps, "full_from": self.full_from, "cost": round(self.cost, 5)}
-                write_json(self.file, record)
+                write_json(self.file, {
+                    "format": 2, "steps": self.steps, "full_from": self.full_from, "cost": self.cost,
+                    "again": self.again,
+                })  # fmt: skip
 
     def share(self, step: int) -> float | None:
         """The share of the training that is over after so many steps, by the time they take; None while unknown."""
@@ -81,16 +100,18 @@ class Budget:
     def is_spent(self, step: int) -> bool:
         return self.steps is not None and step >= self.steps
 
-    def is_validation(self, step: int) -> bool:
-        """Evenly spread over the time, the last at the end."""
+    def validation_is_due(self, step: int) -> bool:
+        """Asked after every step: evenly spread over the time, the last at the end."""
         if self.steps is None:
             return False
-        here, before = (math.floor(self.share(s) * self.validations) for s in (step, step - 1))
-        return step == self.steps or here > before
+        mark = math.floor(self.share(step) * self.validations)
+        due = mark > self.state["validations"] or step == self.steps
+        self.state["validations"] = max(mark, self.state["validations"])
+        return due
 
     def _plan(self, step: int) -> tuple[int, int, float] | None:
         """Steps, those of them at smaller images, and what these cost; None while the pace is still measured."""
-        elapsed = sum(self.durations)
+        elapsed = self.state["spent"]
         if step < MEASURE_TO and elapsed <= 0.5 * (self.part or 1) * self.seconds:
             return None
         # The median: the first steps, and those beside which images are prepared, are slower than most.
@@ -103,12 +124,10 @@ class Budget:
 
     def _plan_again(self, step: int) -> tuple[int, int, float]:
         """The same with what is known by now."""
-        small, full = self.durations[: self.full_from], self.durations[self.full_from :]
-        known = full[MEASURE_FROM:] if len(full) > 2 * MEASURE_FROM else full
+        known = self.durations[MEASURE_FROM:] if len(self.durations) > 2 * MEASURE_FROM else self.durations
         pace = max(float(np.mean(known)), 1e-6)
-        left = self.seconds - sum(self.durations)
-        cost = float(np.mean(small)) / pace if small else self.cost
-        return step + _whole(left / pace), self.full_from, cost
+        cost = self.state["small"] / self.full_from / pace if self.full_from else self.cost
+        return step + _whole((self.seconds - self.state["spent"]) / pace), self.full_from, cost
 
 
 def lr_factor(step: int, share: float | None, options: TrainSettings) -> float:

@@ -178,10 +178,14 @@ class Feed:
             due = ahead(segments)
             while due is not None:
                 (step, end, small), blocks = due[0], due[1].result()
+                full = full_from()
+                if small and full is not None and full < end:
+                    end = max(step, full)
+                    segments = _segments(end, last_step, most, full_from)
                 due = ahead(segments)
                 for batch in _batches(blocks):
                     full = full_from()
-                    if small and full is not None and step >= full:
+                    if step == end or (small and full is not None and step >= full):
                         break
                     yield load_tensors(batch)
                     step += 1

@@ -289,6 +289,10 @@ def load_settings(config: str | Path | None = None, overrides: Iterable[str] = (
             raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", 2) from error
         if not isinstance(values, dict):
             raise UserError(f"{path} must hold settings as 'key: value' lines, not a {type(values).__name__}.", 2)
+    if any(override.startswith("model=") for override in overrides):  # of the file's model, as in override_settings
+        values.pop("fit", None)
+        if isinstance(values.get("train"), dict):
+            values["train"].pop("first_image_size", None)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:

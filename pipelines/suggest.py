@@ -18,7 +18,7 @@ from pipelines.fit import fit_to_data
 from pipelines.progress import console
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
 from pipelines.stage import read_json
-from pipelines.train import set_up, train_step, use_machine
+from pipelines.train import find_weights, set_up, train_step, use_machine
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 WARM_UP, TIMED = 2, 4  # steps
@@ -36,9 +36,9 @@ def suggest(
     run: calls `measure`; by default in a fresh Ray worker for each size, where trainings run too.
     Returns {"rows": [{"batch_size", "images_per_second", "seconds_per_step", "memory_gb", "lr", "fits"}], "settings":
     the suggestion as key=value, "device", "image_size": [longer, shorter]}. Raises UserError where not even the
-    smallest batch fits.
+    smallest batch fits, and as `train`.
     """
-    settings, _ = fit_to_data(settings, dataset_folder)
+    settings, _ = fit_to_data(find_weights(settings), dataset_folder)
     images = read_json(Path(dataset_folder) / "dataset.json")["splits"]["train"]["images"]
     rows: list[dict[str, Any]] = []
     device = ""
@@ -147,8 +147,12 @@ def does_not_fit(size: int) -> dict[str, Any]:
 def _in_worker(settings: RunSettings, dataset_folder: Path, size: int, use_gpu: bool) -> dict[str, Any]:
     import ray
 
+    if use_gpu and ray.cluster_resources().get("GPU", 0) < 1:
+        raise UserError("train.use_gpu is true, and this Ray cluster has no GPU.", 2)
     task = ray.remote(max_calls=1, max_retries=0, num_gpus=int(use_gpu))(measure)
     try:
         return ray.get(task.remote(settings, dataset_folder, size, use_gpu))
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):  # ended for its memory
         return does_not_fit(size) | {"device": "", "machine_gb": 0.0}
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, UserError) else error from None

@@ -171,8 +171,9 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     log = _Log(folder / PROGRESS, config["tracker"], config["run_id"], rank == 0)
     log.start(state["step"], messages, count_parameters(model), workers, feed)
 
-    budget = Budget(options, feed, folder)
-    batches = feed.stream(state["step"], budget.steps, lambda: budget.full_from)
+    budget = Budget(options, feed, folder, state.get("budget"))
+    state["budget"] = budget.state
+    batches = feed.stream(state["step"], budget.last_step, lambda: budget.full_from)
     try:
         while not budget.is_spent(state["step"]) and not _is_stale(state, options):
             step = state["step"]
@@ -190,7 +191,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
             budget.tick(step)
             rate, images = optimizer.param_groups[0]["lr"], options.batch_size * workers
             log.step(step, budget.steps, budget.share(step), losses, norm, rate, images)
-            if budget.is_validation(step):
+            if budget.validation_is_due(step):
                 metrics = {"AP": 0.0, "AP50": 0.0}
                 if rank == 0:
                     size = settings.evaluate.batch_size
@@ -511,6 +512,7 @@ class _Follower:
                 records = list(read_progress(self.path))
                 for record in records[self.seen :]:
                     if record["event"] == "start":
+                        began = None
                         went_on = f", going on from step {record['step']}" if record["step"] else ""
                         console.print(
                             f"Training {record['trainable'] / 1e6:.1f} M of {record['parameters'] / 1e6:.1f} M "

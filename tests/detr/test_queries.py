@@ -182,6 +182,21 @@ def test_negatives_pull_scores_down_and_no_box(model, images):
     assert of_boxes[-1][negative].abs().max() == 0 and of_boxes[-1][denoising.image, denoising.query].abs().min() > 0
 
 
+@pytest.mark.parametrize("class_norm", ["device", "window"])
+def test_workers_with_nothing_to_denoise_ask_the_others_as_often(images, class_norm, monkeypatch):
+    """Else all would wait for each other."""
+    config = CONFIG.model_copy(update={"class_loss": "softmax", "two_stage": False})
+    net, criterion = DETR(config), SetCriterion(config, LossConfig(class_norm=class_norm))
+    targets, asked = some_targets([2, 1]), []
+    monkeypatch.setattr(SetCriterion, "_mean_over_workers", staticmethod(lambda value: asked.append(1) or value))
+    counts = []
+    for denoising in (None, make_denoising_queries(targets, config.denoising, 4, generator())):
+        asked.clear()
+        criterion(net(*images, denoising), targets, denoising)
+        counts.append(len(asked))
+    assert counts[0] == counts[1] > 0
+
+
 def test_crowded_images_get_fewer_groups():
     config = DenoisingConfig(groups=4)
     for most, groups in ((10, 4), (100, 4), (101, 3), (200, 2), (900, 1)):

@@ -25,24 +25,27 @@ class FakeFeed:
 
 @pytest.fixture
 def clock(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    return now
+    """Now, and the seconds that steps took at smaller images and at full size."""
+    told = {"now": 0.0, "small": 0.0, "full": 0.0}
+    monkeypatch.setattr(module.time, "monotonic", lambda: told["now"])
+    return told
 
 
-def train(budget: Budget, clock, full: float, small: float = 0.0) -> tuple[float, float]:
-    """Train to the end with steps that take so many seconds -> seconds at smaller images, and in all."""
-    step, spent = 0, [0.0, 0.0]
-    while not budget.is_spent(step):
-        clock[0] += 7  # validations and checkpoints do not count
+def train(budget: Budget, clock, full: float, small: float = 0.0, first: int = 0, last: int | None = None) -> list[int]:
+    """Train from a step on, to the end or the last, with steps that take so many seconds -> where AP is measured."""
+    step, validations = first, []
+    while not budget.is_spent(step) and step != last:
+        clock["now"] += 7  # validations and checkpoints do not count
         budget.start()
         is_small = small and (budget.full_from is None or step < budget.full_from)
-        seconds = small if is_small else full
-        clock[0] += seconds
-        spent[not is_small] += seconds
+        seconds = small if is_small else full(step) if callable(full) else full
+        clock["now"] += seconds
+        clock["small" if is_small else "full"] += seconds
         step += 1
         budget.tick(step)
-    return spent[0], sum(spent)
+        if budget.validation_is_due(step):
+            validations.append(step)
+    return validations
 
 
 @pytest.mark.parametrize(("budget", "steps"), [("40 steps", 40), ("4 epochs", 30)])
@@ -54,8 +57,9 @@ def test_a_budget_in_steps_or_epochs_is_known_at_once(tmp_path, budget, steps):
 def test_minutes_become_steps_and_are_remembered(tmp_path, clock, seconds, a_step):
     options = TrainSettings(budget=f"{seconds} seconds")
     budget = Budget(options, FakeFeed(), tmp_path)
-    assert budget.share(0) is None and not budget.is_validation(1)
-    assert train(budget, clock, a_step)[1] == pytest.approx(seconds, rel=0.06, abs=2 * a_step)
+    assert budget.share(0) is None and not budget.validation_is_due(1)
+    train(budget, clock, a_step)
+    assert clock["full"] == pytest.approx(seconds, rel=0.06, abs=2 * a_step)
     again = Budget(options, FakeFeed(), tmp_path)  # as after a kill
     assert (again.steps, again.full_from, again.share(3)) == (budget.steps, budget.full_from, budget.share(3))
 
@@ -64,7 +68,7 @@ def test_slow_first_steps_do_not_count_as_the_pace(tmp_path, clock):
     budget, step = Budget(TrainSettings(budget="200 seconds"), FakeFeed(), tmp_path), 0
     while budget.steps is None:
         budget.start()
-        clock[0] += 5.0 if step < 5 else 0.25
+        clock["now"] += 5.0 if step < 5 else 0.25
         step += 1
         budget.tick(step)
     assert step == module.MEASURE_TO
@@ -77,11 +81,44 @@ def test_images_are_small_for_their_share_of_the_time(tmp_path, clock, seconds, 
     """Also where a step at full size costs more or less than was thought."""
     options = TrainSettings(budget=f"{seconds} seconds", first_share=0.6)
     budget = Budget(options, FakeFeed(0.4), tmp_path)
-    small, whole = train(budget, clock, full, full * cost)
-    assert whole == pytest.approx(seconds, rel=0.1) and small / whole == pytest.approx(0.6, abs=0.1)
-    assert 0 < budget.full_from < budget.steps
+    validations = train(budget, clock, full, full * cost)
+    whole = clock["small"] + clock["full"]
+    assert whole == pytest.approx(seconds, rel=0.1) and clock["small"] / whole == pytest.approx(0.6, abs=0.1)
+    assert 0 < budget.full_from < budget.steps == validations[-1] and len(validations) <= options.validations
     again = Budget(options, FakeFeed(0.4), tmp_path)
     assert (again.steps, again.full_from) == (budget.steps, budget.full_from)
+
+
+@pytest.mark.parametrize("stop", [150, 400, 700])
+@pytest.mark.parametrize(("first_cost", "cost"), [(0.2, 0.9), (0.4, 0.25), (1.0, 1.0)])
+def test_killed_before_minutes_become_steps_once_more_it_ends_where_it_would_have(
+    tmp_path, clock, first_cost, cost, stop
+):
+    """The pace changes on the way, as where mosaics begin."""
+    options, a_step = TrainSettings(budget="800 seconds"), (lambda step: 0.8 if step < 200 else 1.0)
+    feed, small = FakeFeed(first_cost), 0.8 * cost if first_cost < 1 else 0
+    straight, killed = (Budget(options, feed, tmp_path / name) for name in "ab")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    train(straight, clock, a_step, small)
+    assert clock["small"] + clock["full"] == pytest.approx(800, rel=0.1)
+    train(killed, clock, a_step, small, last=stop)
+    kept = dict(killed.state)  # as in the checkpoint of this step
+    train(killed, clock, a_step, small, stop, stop + 30)  # and these steps are lost
+    after = Budget(options, feed, tmp_path / "b", kept)
+    train(after, clock, a_step, small, stop)
+    assert after.steps == pytest.approx(straight.steps, rel=0.02)
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 4, 6])
+@pytest.mark.parametrize("slower", [0.5, 1.3, 2.0])
+def test_no_validation_is_lost_or_done_twice_where_the_pace_changes(tmp_path, clock, wanted, slower):
+    options = TrainSettings(budget="400 seconds", validations=wanted)
+    budget = Budget(options, FakeFeed(), tmp_path)
+    validations = train(budget, clock, lambda step: 0.5 if step < 150 else 0.5 * slower)
+    assert wanted - (slower > 1.5) <= len(validations) <= wanted  # two marks may be passed at once
+    assert validations[-1] == budget.steps and len(set(validations)) == len(validations)
+    assert wanted == 1 or validations[0] < 0.8 * budget.steps
 
 
 def test_steps_told_are_shared_by_what_they_cost(tmp_path):
@@ -97,10 +134,10 @@ def test_steps_told_are_shared_by_what_they_cost(tmp_path):
 def test_validations_are_spread_evenly_over_the_time_and_the_last_step_has_one(tmp_path):
     for total, wanted in ((100, 5), (101, 5), (7, 6), (3, 6), (1, 4)):
         budget = Budget(TrainSettings(budget=f"{total} steps", validations=wanted), FakeFeed(), tmp_path)
-        steps = [s for s in range(1, total + 1) if budget.is_validation(s)]
+        steps = [s for s in range(1, total + 1) if budget.validation_is_due(s)]
         assert steps[-1] == total and len(steps) == min(total, wanted)
     budget = Budget(TrainSettings(budget="700 steps", validations=5), FakeFeed(0.25), tmp_path)
-    assert [s for s in range(1, 701) if budget.is_validation(s)] == [200, 400, 600, 650, 700]
+    assert [s for s in range(1, 701) if budget.validation_is_due(s)] == [200, 400, 600, 650, 700]
 
 
 def test_the_learning_rate_warms_up_and_falls():

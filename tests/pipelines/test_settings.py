@@ -83,6 +83,15 @@ def test_every_preset_is_valid(name):
     ModelConfig.model_validate(name)
 
 
+def test_another_model_than_a_files_is_not_fitted_as_that_was(tmp_path):
+    path = tmp_path / "best.yaml"  # as a sweep leaves it
+    path.write_text("model: tiny\nfit: {image_size: false, num_queries: false}\ntrain: {first_image_size: 192, lr: 1}")
+    assert load_settings(path).train.first_image_size == 192 and not load_settings(path).fit.image_size
+    other = load_settings(path, ["model=small"])
+    assert other.fit.image_size and other.train.first_image_size is None and other.train.lr == 1
+    assert load_settings(path, ["model=small", "train.first_image_size=100"]).train.first_image_size == 100
+
+
 def test_a_run_with_masks_is_refused():
     with pytest.raises(UserError, match=r"model\.masks: a run trains on boxes alone"):
         load_settings(None, ["model.preset=detr_resnet50_panoptic"])

@@ -76,3 +76,11 @@ def test_a_worker_measures_as_a_training_does(dataset, ray_cluster):
     found = suggest(load_settings(None, SMALL), dataset, False)
     assert [r["fits"] for r in found["rows"]] == [True] * 3 and found["device"].endswith("CPU cores")
     assert all(0 < r["memory_gb"] < 8 for r in found["rows"])
+    with pytest.raises(UserError, match="nowhere") as caught:
+        suggest(load_settings(None, [*SMALL, "train.init_from=nowhere"]), dataset, False)
+    assert caught.value.exit_code == 2
+    (dataset / "weights.pth").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"weights\.pth"):  # seen in the worker alone
+        suggest(load_settings(None, [*SMALL, f"train.init_from={dataset / 'weights.pth'}"]), dataset, False)
+    with pytest.raises(UserError, match="no GPU"):
+        suggest(load_settings(None, SMALL), dataset, True)
