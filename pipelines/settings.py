@@ -289,8 +289,12 @@ def load_settings(config: str | Path | None = None, overrides: Iterable[str] = (
             raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", 2) from error
         if not isinstance(values, dict):
             raise UserError(f"{path} must hold settings as 'key: value' lines, not a {type(values).__name__}.", 2)
-    if any(override.startswith("model=") for override in overrides):  # of the file's model, as in override_settings
-        values.pop("fit", None)
+    told = {override.partition("=")[0] for override in overrides}
+    model = values.get("model")
+    printed = isinstance(model, dict) and model.keys() >= ModelConfig.model_fields.keys()  # leaves nothing to a preset
+    if "model" in told or ("model.preset" in told and printed):
+        values.pop("model", None)
+        values.pop("fit", None)  # to the file's model, as in override_settings
         if isinstance(values.get("train"), dict):
             values["train"].pop("first_image_size", None)
     for override in overrides:
@@ -341,6 +345,8 @@ def override_settings(settings: RunSettings, changes: dict[str, Any]) -> RunSett
     What is replaced is not fitted to the data any more.
     """
     values = settings.model_dump(mode="json")
+    if "model.preset" in changes:
+        changes = {"model": changes["model.preset"], **{k: v for k, v in changes.items() if k != "model.preset"}}
     if "model" in changes:  # these follow the new model
         values.pop("fit")
         values["train"].pop("first_image_size")

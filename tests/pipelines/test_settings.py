@@ -92,6 +92,20 @@ def test_another_model_than_a_files_is_not_fitted_as_that_was(tmp_path):
     assert load_settings(path, ["model=small", "train.first_image_size=100"]).train.first_image_size == 100
 
 
+def test_another_preset_replaces_a_model_that_was_told_completely(tmp_path):
+    path = tmp_path / "printed.yaml"
+    path.write_text(yaml.safe_dump(RunSettings().model_dump(mode="json")))
+    small = ModelConfig(preset="small")
+    for told in (["model.preset=small"], ["model=small"]):
+        assert load_settings(path, told).model == small
+    assert load_settings(path, ["model.preset=small", "model.num_queries=7"]).model.num_queries == 7
+    assert override_settings(RunSettings(), {"model.preset": "small"}).model == small
+    both = override_settings(RunSettings(), {"model.num_queries": 7, "model.preset": "small"}).model
+    assert both == small.model_copy(update={"num_queries": 7})
+    path.write_text("model: {num_queries: 9}")
+    assert load_settings(path, ["model.preset=small"]).model == small.model_copy(update={"num_queries": 9})
+
+
 def test_a_run_with_masks_is_refused():
     with pytest.raises(UserError, match=r"model\.masks: a run trains on boxes alone"):
         load_settings(None, ["model.preset=detr_resnet50_panoptic"])
