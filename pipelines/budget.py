@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class Budget:
             plan = self._plan_again(step)
         else:
             return
-        if plan := _of_first_worker(plan):  # every worker asks at the same steps
+        if plan := of_first_worker(plan):  # at the same steps on all
             first = self.steps is None
             self.steps, self.full_from, self.cost = plan
             rest = self.steps - self.full_from
@@ -149,9 +150,10 @@ def _whole(steps: float) -> int:
     return max(1, int(steps))
 
 
-def _of_first_worker(plan: tuple[int, int, float] | None) -> tuple[int, int, float] | None:
+def of_first_worker(value: Any) -> Any:
+    """The first worker's value, on all workers, every one of which has to ask."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return plan
-    box = [plan]
+        return value
+    box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]

@@ -30,7 +30,7 @@ from detr.matcher import NonFiniteOutputs
 from detr.model import DETR, count_parameters
 from detr.optimizer import MuonAdamW, build_optimizer
 from detr.queries import make_denoising_queries
-from pipelines.budget import Budget, lr_factor
+from pipelines.budget import Budget, lr_factor, of_first_worker
 from pipelines.detect import Detector
 from pipelines.evaluate import coco_metrics, coco_truth, detect_rows, detections_to_coco
 from pipelines.feed import Feed, first_model, open_feed
@@ -203,7 +203,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                     if metrics["AP"] >= state["best_AP"]:
                         state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
                 if options.patience:
-                    state["stale"] = _agreed(state["stale"])
+                    state["stale"] = of_first_worker(state["stale"])
                 _report(rank, model, ema, optimizer, state, metrics, dataset, settings)
     finally:
         batches.close()
@@ -342,15 +342,6 @@ def load_initial_weights(model: DETR, options: TrainSettings, class_names: list[
 def _is_stale(state: dict[str, Any], options: TrainSettings) -> bool:
     """Whether AP has not got better for as long as the user has patience."""
     return 0 < options.patience <= state["stale"]
-
-
-def _agreed(number: int) -> int:
-    """The first worker's number, on all workers."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return number
-    box = [number]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def update_average(ema: torch.optim.swa_utils.AveragedModel, model: torch.nn.Module, decay: float) -> None:
