@@ -1,6 +1,7 @@
 """What happens to one image and its boxes, from encoded bytes to a training or inference input.
 
-Images are PIL images in RGB, pixels as stored (an EXIF orientation is not applied). A target is a dict of
+Images are in RGB, pixels as stored (an EXIF orientation is not applied): PIL's, as the official code has them, or uint8
+tensors [3, H, W], which are resized several times as fast (a grey level apart at the most). A target is a dict of
 `boxes` (float32 [N, 4], xyxy in pixels), `labels` (int64 [N]) and whatever else belongs to the image, such as
 `masks` (bool [N, H, W]); every function returns new objects. Random choices come from the generator that is passed in.
 """
@@ -17,10 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
 from detr.config import ModelConfig
 
+Picture = Image.Image | torch.Tensor
 Target = dict[str, Any]
 PER_OBJECT = ("boxes", "labels", "area", "iscrowd", "masks")
 
@@ -29,11 +33,12 @@ class ImageError(Exception):
     """An image that cannot be used; the message is the reason in words."""
 
 
-def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int, at_least: tuple[int, int] | None = None) -> Image.Image:
     """Encoded bytes -> RGB image, whole or not at all.
 
     The header's size is checked before any pixel is decoded. 16-bit greys are scaled by 257, alpha is
-    dropped. Raises ImageError with the reason.
+    dropped. at_least: a JPEG may come at a half, a quarter or an eighth of its size, but no smaller than this width and
+    height, which takes a fraction of the time. Raises ImageError with the reason.
     """
     if not data:
         raise ImageError("the file is empty")
@@ -47,6 +52,8 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
                 raise ImageError(f"its size is {width}x{height}")
             if width * height > max_pixels:
                 raise ImageError(f"{width}x{height} is more than the limit of {max_pixels} pixels")
+            if at_least is not None:
+                image.draft(None, at_least)
             image.load()
             if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
                 grey = np.asarray(image).astype(np.float64) / 257
@@ -64,6 +71,11 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     ) as error:  # fmt: skip
         # What Pillow's format plugins raise on damaged files.
         raise ImageError(f"it cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def size_of(image: Picture) -> tuple[int, int]:
+    """(width, height)"""
+    return image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
 
 
 def annotations_to_target(
@@ -116,13 +128,16 @@ def input_size(config: ModelConfig, width: int, height: int) -> tuple[int, int]:
     return resized_size(width, height, size, config.image_max_size)
 
 
-def resize_to(image: Image.Image, target: Target, size: tuple[int, int]) -> tuple[Image.Image, Target]:
+def resize_to(image: Picture, target: Target, size: tuple[int, int]) -> tuple[Picture, Target]:
     """Resize to (width, height); boxes are scaled by the true ratio of each axis, areas by their product.
 
     Masks take the nearest pixel.
     """
-    ratio_w, ratio_h = size[0] / image.width, size[1] / image.height
-    resized = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+    width, height = size_of(image)
+    ratio_w, ratio_h = size[0] / width, size[1] / height
+    resized = image
+    if size != (width, height):
+        resized = TF.resize(image, [size[1], size[0]], InterpolationMode.BILINEAR, antialias=True)
     target = dict(target)
     if "boxes" in target:
         target["boxes"] = target["boxes"] * torch.tensor([ratio_w, ratio_h, ratio_w, ratio_h])
@@ -135,35 +150,37 @@ def resize_to(image: Image.Image, target: Target, size: tuple[int, int]) -> tupl
 
 
 def resize(
-    image: Image.Image, target: Target, size: int, max_size: int | None = None
-) -> tuple[Image.Image, Target]:
+    image: Picture, target: Target, size: int, max_size: int | None = None
+) -> tuple[Picture, Target]:
     """The official resize: shorter side to `size`, longer at most `max_size`."""
-    return resize_to(image, target, resized_size(image.width, image.height, size, max_size))
+    return resize_to(image, target, resized_size(*size_of(image), size, max_size))
 
 
-def hflip(image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+def hflip(image: Picture, target: Target) -> tuple[Picture, Target]:
     """Mirror left and right."""
     target = dict(target)
     if "boxes" in target:
         x1, y1, x2, y2 = target["boxes"].unbind(-1)
-        target["boxes"] = torch.stack([image.width - x2, y1, image.width - x1, y2], -1)
+        width, _ = size_of(image)
+        target["boxes"] = torch.stack([width - x2, y1, width - x1, y2], -1)
     if "masks" in target:
         target["masks"] = target["masks"].flip(-1)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), target
+    return TF.horizontal_flip(image), target
 
 
-def vflip(image: Image.Image, target: Target) -> tuple[Image.Image, Target]:
+def vflip(image: Picture, target: Target) -> tuple[Picture, Target]:
     """Mirror top and bottom."""
     target = dict(target)
     if "boxes" in target:
         x1, y1, x2, y2 = target["boxes"].unbind(-1)
-        target["boxes"] = torch.stack([x1, image.height - y2, x2, image.height - y1], -1)
+        _, height = size_of(image)
+        target["boxes"] = torch.stack([x1, height - y2, x2, height - y1], -1)
     if "masks" in target:
         target["masks"] = target["masks"].flip(-2)
-    return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), target
+    return TF.vertical_flip(image), target
 
 
-def crop(image: Image.Image, target: Target, region: tuple[int, int, int, int]) -> tuple[Image.Image, Target]:
+def crop(image: Picture, target: Target, region: tuple[int, int, int, int]) -> tuple[Picture, Target]:
     """Crop to region (top, left, height, width); boxes are clamped, those left without area dropped.
 
     A target without boxes keeps what its masks still show.
@@ -184,69 +201,68 @@ def crop(image: Image.Image, target: Target, region: tuple[int, int, int, int]) 
             target["area"] = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     if keep is not None:
         target |= {k: target[k][keep] for k in PER_OBJECT if k in target}
-    return image.crop((left, top, left + width, top + height)), target
+    return TF.crop(image, top, left, height, width), target
 
 
-def center_crop(image: Image.Image, target: Target, size: tuple[int, int]) -> tuple[Image.Image, Target]:
+def center_crop(image: Picture, target: Target, size: tuple[int, int]) -> tuple[Picture, Target]:
     """Crop the middle to size (height, width); Python's rounding of the halves, as published."""
-    height, width = size
-    return crop(image, target, (round((image.height - height) / 2), round((image.width - width) / 2), height, width))
+    (height, width), (whole_w, whole_h) = size, size_of(image)
+    return crop(image, target, (round((whole_h - height) / 2), round((whole_w - width) / 2), height, width))
 
 
-def pad(image: Image.Image, target: Target, right: int, below: int) -> tuple[Image.Image, Target]:
+def pad(image: Picture, target: Target, right: int, below: int) -> tuple[Picture, Target]:
     """Black pixels right and below, so that boxes stay as they are."""
     target = dict(target)
-    width, height = image.width + right, image.height + below
+    width, height = size_of(image)
     if "masks" in target:
         target["masks"] = F.pad(target["masks"], (0, right, 0, below))
-    target["size"] = torch.tensor([height, width])
-    return image.crop((0, 0, width, height)), target
+    target["size"] = torch.tensor([height + below, width + right])
+    return TF.pad(image, [0, 0, right, below]), target
 
 
 def random_crop(
-    image: Image.Image, target: Target, rng: np.random.Generator, size: tuple[int, int]
-) -> tuple[Image.Image, Target]:
+    image: Picture, target: Target, rng: np.random.Generator, size: tuple[int, int]
+) -> tuple[Picture, Target]:
     """Crop to size (height, width) at a uniformly random place."""
-    height, width = size
-    top = int(rng.integers(0, image.height - height + 1))
-    left = int(rng.integers(0, image.width - width + 1))
+    (height, width), (whole_w, whole_h) = size, size_of(image)
+    top = int(rng.integers(0, whole_h - height + 1))
+    left = int(rng.integers(0, whole_w - width + 1))
     return crop(image, target, (top, left, height, width))
 
 
 def random_size_crop(
-    image: Image.Image, target: Target, rng: np.random.Generator, low: int, high: int
-) -> tuple[Image.Image, Target]:
+    image: Picture, target: Target, rng: np.random.Generator, low: int, high: int
+) -> tuple[Picture, Target]:
     """Crop to a width and a height of their own, each uniform from `low` to `high`, both included.
 
     A side shorter than `high` ends the range; one shorter than `low` is kept whole.
     """
-    width = int(rng.integers(min(low, image.width), min(high, image.width) + 1))
-    height = int(rng.integers(min(low, image.height), min(high, image.height) + 1))
+    width, height = (int(rng.integers(min(low, side), min(high, side) + 1)) for side in size_of(image))
     return random_crop(image, target, rng, (height, width))
 
 
 def random_resize(
-    image: Image.Image, target: Target, rng: np.random.Generator, sizes: Sequence[int], max_size: int | None = None
-) -> tuple[Image.Image, Target]:
+    image: Picture, target: Target, rng: np.random.Generator, sizes: Sequence[int], max_size: int | None = None
+) -> tuple[Picture, Target]:
     """The official resize to one of the sizes."""
     return resize(image, target, int(rng.choice(sizes)), max_size)
 
 
 def random_pad(
-    image: Image.Image, target: Target, rng: np.random.Generator, max_pad: int
-) -> tuple[Image.Image, Target]:
+    image: Picture, target: Target, rng: np.random.Generator, max_pad: int
+) -> tuple[Picture, Target]:
     """Pad right and below by up to `max_pad` pixels each, included."""
     return pad(image, target, int(rng.integers(0, max_pad + 1)), int(rng.integers(0, max_pad + 1)))
 
 
-def random_hflip(image: Image.Image, target: Target, rng: np.random.Generator) -> tuple[Image.Image, Target]:
+def random_hflip(image: Picture, target: Target, rng: np.random.Generator) -> tuple[Picture, Target]:
     """Mirror every second time."""
     return hflip(image, target) if rng.random() < 0.5 else (image, target)
 
 
 def random_flips(
-    image: Image.Image, target: Target, rng: np.random.Generator, *, horizontal: bool, vertical: bool
-) -> tuple[Image.Image, Target]:
+    image: Picture, target: Target, rng: np.random.Generator, *, horizontal: bool, vertical: bool
+) -> tuple[Picture, Target]:
     """Mirror left and right, top and bottom, each every second time where it is allowed."""
     if horizontal:
         image, target = random_hflip(image, target, rng)
@@ -259,8 +275,8 @@ TRAIN_SIZES = tuple(range(480, 801, 32))
 
 
 def augment_detr(
-    image: Image.Image, target: Target, rng: np.random.Generator, max_size: int
-) -> tuple[Image.Image, Target]:
+    image: Picture, target: Target, rng: np.random.Generator, max_size: int
+) -> tuple[Picture, Target]:
     """The published training recipe: flip, then resize, or resize, crop and resize.
 
     As published, sizes are those of 800-pixel training whatever the model's own input size.
@@ -273,25 +289,26 @@ def augment_detr(
 
 
 def random_zoom(
-    image: Image.Image, target: Target, rng: np.random.Generator, amount: float
-) -> tuple[Image.Image, Target]:
+    image: Picture, target: Target, rng: np.random.Generator, amount: float
+) -> tuple[Picture, Target]:
     """Every second time a crop, each side shorter by up to this share; boxes of which little is left are dropped.
 
     The result keeps its own scale; resizing to the model's input follows.
     """
     if amount == 0 or rng.random() < 0.5:
         return image, target
+    whole_w, whole_h = size_of(image)
     share_w, share_h = 1 - amount * rng.random(2)
-    width, height = max(1, round(image.width * share_w)), max(1, round(image.height * share_h))
-    top = int(rng.integers(0, image.height - height + 1))
-    left = int(rng.integers(0, image.width - width + 1))
+    width, height = max(1, round(whole_w * share_w)), max(1, round(whole_h * share_h))
+    top = int(rng.integers(0, whole_h - height + 1))
+    left = int(rng.integers(0, whole_w - width + 1))
     return _crop_keeping_visible(image, target, (top, left, height, width))
 
 
-def jitter_colour(image: Image.Image, rng: np.random.Generator, amount: float) -> Image.Image:
+def jitter_colour(image: Picture, rng: np.random.Generator, amount: float) -> Picture:
     """Brightness and contrast changed by up to this share."""
-    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast):
-        image = enhance(image).enhance(float(1 + amount * rng.uniform(-1, 1)))
+    for adjust in (TF.adjust_brightness, TF.adjust_contrast):
+        image = adjust(image, float(1 + amount * rng.uniform(-1, 1)))
     return image
 
 
@@ -299,38 +316,37 @@ TILE_SCALES = (0.7, 1.5)  # of how large the model sees the image when it is alo
 
 
 def mosaic(
-    parts: Sequence[tuple[Image.Image, Target]], rng: np.random.Generator, config: ModelConfig
-) -> tuple[Image.Image, Target]:
+    parts: Sequence[tuple[torch.Tensor, Target]], rng: np.random.Generator, config: ModelConfig
+) -> tuple[torch.Tensor, Target]:
     """Crops of four images around a point near the middle of one, which is of the first image's input size.
 
-    After Bochkovskiy et al. 2020 (YOLOv4). Objects stay about as large as the model sees them otherwise; what would not
-    fill its place is enlarged. A box of which little is left is dropped.
+    Images are uint8 [3, H, W]. After Bochkovskiy et al. 2020 (YOLOv4). Objects stay about as large as the model sees
+    them otherwise; what would not fill its place is enlarged. A box of which little is left is dropped.
     """
-    width, height = input_size(config, *parts[0][0].size)
+    width, height = input_size(config, *size_of(parts[0][0]))
     x, y = (round(side * rng.uniform(0.3, 0.7)) for side in (width, height))
     places = (0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)
-    canvas, found = Image.new("RGB", (width, height)), []
+    canvas, found = torch.zeros(3, height, width, dtype=torch.uint8), []
     for k, (left, top, right, bottom) in zip(rng.permutation(len(parts)), places, strict=True):
         w, h = right - left, bottom - top
         if min(w, h) == 0:  # of an image one pixel wide or high
             continue
         image, target = parts[k]
-        scale = input_size(config, *image.size)[0] / image.width
+        whole_w, whole_h = size_of(image)
+        scale = input_size(config, whole_w, whole_h)[0] / whole_w
         scale *= math.exp(rng.uniform(*np.log(TILE_SCALES)))
-        scale = max(scale, w / image.width, h / image.height)
-        crop_w, crop_h = (
-            min(max(1, round(place / scale)), side) for place, side in ((w, image.width), (h, image.height))
-        )
-        at = int(rng.integers(0, image.height - crop_h + 1)), int(rng.integers(0, image.width - crop_w + 1))
+        scale = max(scale, w / whole_w, h / whole_h)
+        crop_w, crop_h = (min(max(1, round(place / scale)), side) for place, side in ((w, whole_w), (h, whole_h)))
+        at = int(rng.integers(0, whole_h - crop_h + 1)), int(rng.integers(0, whole_w - crop_w + 1))
         image, target = resize_to(*_crop_keeping_visible(image, target, (*at, crop_h, crop_w)), (w, h))
-        canvas.paste(image, (left, top))
+        canvas[:, top:bottom, left:right] = image
         found.append({**target, "boxes": target["boxes"] + torch.tensor([left, top, left, top])})
     return canvas, {key: torch.cat([target[key] for target in found]) for key in ("boxes", "labels")}
 
 
 def _crop_keeping_visible(
-    image: Image.Image, target: Target, region: tuple[int, int, int, int], visible: float = 0.4
-) -> tuple[Image.Image, Target]:
+    image: Picture, target: Target, region: tuple[int, int, int, int], visible: float = 0.4
+) -> tuple[Picture, Target]:
     """Crop, dropping boxes of which less than `visible` is left: a sliver teaches nothing."""
     top, left, height, width = region
     boxes = target["boxes"]
@@ -343,8 +359,8 @@ def _crop_keeping_visible(
 
 
 def to_uint8(image: Image.Image) -> torch.Tensor:
-    """RGB image -> uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    """PIL's RGB image -> uint8 [3, H, W], the channels of a pixel side by side, which is resized fastest."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def boxes_to_targets(boxes: torch.Tensor, width: int, height: int) -> torch.Tensor:

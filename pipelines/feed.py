@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -37,6 +36,7 @@ from detr.transforms import (
     random_flips,
     random_zoom,
     resize_to,
+    size_of,
     to_uint8,
 )
 from pipelines.settings import AugmentSettings, TrainSettings
@@ -48,6 +48,8 @@ PLAIN_EPOCHS = 10  # before the first mosaic: images seen less often are new eno
 SMALL_SEGMENT = 32  # steps at most, as long as it is not known where images get their full size
 COST_POWER = 0.85  # of the number of pixels: measured on two cores, 256x192 to 384x288
 SEGMENT_TASKS = 8  # tasks that prepare a segment
+DECODED_AT_LEAST = 2  # times as wide as the model sees it: a crop or a mosaic shows a part of it enlarged by 1.5
+COLUMNS = ["image_id", "width", "height", "image", "boxes", "labels"]
 
 Segment = tuple[int, int, bool]  # first step, step after the last, whether images are small
 
@@ -58,6 +60,8 @@ class Feed:
 
     first: the model as it sees smaller images in the first part of the training, or None (progressive resizing, Howard
     2018, DAWNBench; a network learns sooner from few pixels, and small objects need more of them at the end).
+    preparing: so many cores of this machine prepare batches; half of them by default, since a training on CPU needs the
+    others.
     """
 
     folder: str
@@ -71,6 +75,7 @@ class Feed:
     rank: int = 0
     workers: int = 1
     first: ModelConfig | None = None
+    preparing: int | None = None
 
     @property
     def images(self) -> int:
@@ -129,11 +134,11 @@ class Feed:
         self, model: ModelConfig, table: pa.Table, row: int, epoch: int, rng: np.random.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A row of a shard's table -> what the model is trained on, with others of the shard in a mosaic."""
-        image, target = self._read(table, row)
         augment = self.augment
+        image, target = self._read(model, table, row)
         flips = {"horizontal": augment.horizontal_flip, "vertical": augment.vertical_flip}
         if augment.recipe == "light" and epoch >= PLAIN_EPOCHS and rng.random() < augment.mosaic:
-            others = (self._read(table, int(other)) for other in rng.integers(0, len(table), 3))
+            others = (self._read(model, table, int(other)) for other in rng.integers(0, len(table), 3))
             parts = [random_flips(*part, rng, **flips) for part in ((image, target), *others)]
             image, target = mosaic(parts, rng, model)
         else:
@@ -142,16 +147,22 @@ class Feed:
             elif augment.recipe == "detr":
                 image, target = augment_detr(image, target, rng, model.image_max_size)
             if augment.recipe != "detr":
-                image, target = resize_to(image, target, input_size(model, *image.size))
+                image, target = resize_to(image, target, input_size(model, *size_of(image)))
         if augment.recipe == "light" and augment.colour:
             image = jitter_colour(image, rng, augment.colour)  # last: of the fewest pixels
-        target["boxes"] = boxes_to_targets(target["boxes"], *image.size)
-        return to_uint8(image), target
+        target["boxes"] = boxes_to_targets(target["boxes"], *size_of(image))
+        return image, target
 
-    def _read(self, table: pa.Table, row: int) -> tuple[Image.Image, dict[str, Tensor]]:
-        image = decode_image(table["image"][row].as_buffer().to_pybytes(), self.max_pixels)
-        return image, {
-            "boxes": torch.tensor(table["boxes"][row].as_py(), dtype=torch.float32).reshape(-1, 4),
+    def _read(self, model: ModelConfig, table: pa.Table, row: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """An image and its target; where the recipe is our own, large JPEGs at a part of their size."""
+        width, height = table["width"][row].as_py(), table["height"][row].as_py()
+        at_least = None
+        if self.augment.recipe == "light":
+            at_least = tuple(DECODED_AT_LEAST * side for side in input_size(model, width, height))
+        image = decode_image(table["image"][row].as_buffer().to_pybytes(), self.max_pixels, at_least)
+        scale = torch.tensor([image.width / width, image.height / height] * 2)
+        return to_uint8(image), {
+            "boxes": torch.tensor(table["boxes"][row].as_py(), dtype=torch.float32).reshape(-1, 4) * scale,
             "labels": torch.tensor(table["labels"][row].as_py(), dtype=torch.int64),
         }
 
@@ -196,13 +207,13 @@ class Feed:
 
 def open_feed(
     folder: Path, split: str, model: ModelConfig, augment: AugmentSettings, max_pixels: int, batch_size: int,
-    seed: int, rank: int = 0, workers: int = 1, first: ModelConfig | None = None,
+    seed: int, rank: int = 0, workers: int = 1, first: ModelConfig | None = None, preparing: int | None = None,
 ) -> Feed:  # fmt: skip
     """A feed over a split of an ingested dataset."""
     shards = read_json(folder / "dataset.json")["splits"][split]["shards"]
     return Feed(
         str(folder), tuple(s["path"] for s in shards), tuple(s["rows"] for s in shards), model, augment,
-        max_pixels, batch_size, seed, rank, workers, first,
+        max_pixels, batch_size, seed, rank, workers, first, preparing,
     )  # fmt: skip
 
 
@@ -248,7 +259,7 @@ def _aspects(folder: str, shards: tuple[str, ...]) -> list[np.ndarray]:
 @functools.lru_cache(maxsize=2 * SHUFFLE_SHARDS)
 def _shard(folder: str, name: str) -> pa.Table:
     # Memory-mapped: what is not used is not read, and workers on one machine share the pages.
-    return pq.read_table(Path(folder) / name, columns=["image_id", "image", "boxes", "labels"], memory_map=True)
+    return pq.read_table(Path(folder) / name, columns=COLUMNS, memory_map=True)
 
 
 def _segments(
@@ -293,7 +304,6 @@ def _prepare_segment(feed: Feed, first: int, end: int, small: bool) -> list:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     tasks = math.ceil((end - first) / chunk)
-    # Half of a machine's cores prepare at the most: the steps need the others.
-    most = max(1, (os.cpu_count() or 1) // 2 // feed.workers)
+    most = max(1, (feed.preparing or (os.cpu_count() or 1) // 2) // feed.workers)
     data = ray.data.range(tasks, override_num_blocks=tasks).map_batches(prepare, batch_size=1, concurrency=most)
     return data.to_arrow_refs()

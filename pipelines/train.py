@@ -156,6 +156,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     feed = open_feed(
         dataset_folder, "train", settings.model, options.augment, settings.ingest.max_pixels, options.batch_size,
         settings.seed, rank, workers, first_model(settings.model, options),
+        preparing=max(1, (os.cpu_count() or 1) - 1) if device.type == "cuda" else None,
     )  # fmt: skip
     state: dict[str, Any] = {"step": 0, "best_AP": -1.0, "best_AP50": 0.0, "best_step": 0, "stale": 0}
     torch.manual_seed(settings.seed * 1000 + rank)  # dropout differs between workers, weights do not

@@ -248,10 +248,12 @@ def source(stored: dict, name: str) -> tuple[Image.Image, dict]:
     return Image.fromarray(found["image"]), tensors(fill.subtree(found, "target"))
 
 
+@pytest.mark.parametrize("kind", [lambda image: image, to_uint8], ids=["PIL", "tensor"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_transform(name):
+def test_transform(name, kind):
     op, stored = OPERATIONS[name], fill.load_npz("transforms")
     image, target = source(stored, op["source"])
+    image = kind(image)
     if op["op"] == "hflip":
         got, after = hflip(image, target)
     elif op["op"] == "resize" and isinstance(op["size"], list):
@@ -266,7 +268,8 @@ def test_transform(name):
         got, after = center_crop(image, target, tuple(op["size"]))
 
     want = fill.subtree(stored, f"op/{name}")
-    difference = np.abs(np.asarray(got).astype(int) - want["image"].astype(int))
+    got = got.permute(1, 2, 0).numpy() if isinstance(got, torch.Tensor) else np.asarray(got)
+    difference = np.abs(got.astype(int) - want["image"].astype(int))
     assert difference.shape == want["image"].shape and difference.max() <= (op["op"] == "resize")
     wanted = tensors(fill.subtree(want, "target"))
     assert set(after) == set(wanted)

@@ -33,6 +33,7 @@ from detr.transforms import (
     random_size_crop,
     random_zoom,
     resize,
+    size_of,
     to_uint8,
     vflip,
 )
@@ -181,9 +182,17 @@ def painted(seed: int, width: int = 0, height: int = 0) -> tuple[Image.Image, di
     return Image.fromarray(pixels), target
 
 
-def seen(image: Image.Image, label: int, tolerance: int = 0) -> np.ndarray:
+BOTH = pytest.mark.parametrize("kind", [lambda image: image, to_uint8], ids=["PIL", "tensor"])
+
+
+def pixels(image) -> np.ndarray:
+    """uint8 [H, W, 3]"""
+    return image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+
+
+def seen(image, label: int, tolerance: int = 0) -> np.ndarray:
     """Where the label's colour stands, [N, 2] as y, x."""
-    return np.argwhere((np.abs(np.asarray(image).astype(int) - COLOURS[label]) <= tolerance).all(-1))
+    return np.argwhere((np.abs(pixels(image).astype(int) - COLOURS[label]) <= tolerance).all(-1))
 
 
 def extent(points: np.ndarray) -> list[int]:
@@ -191,16 +200,17 @@ def extent(points: np.ndarray) -> list[int]:
     return [x1, y1, x2, y2]
 
 
+@BOTH
 @pytest.mark.parametrize("flip", [hflip, vflip])
-def test_a_flip_moves_boxes_with_their_objects_and_twice_is_the_identity(flip):
+def test_a_flip_moves_boxes_with_their_objects_and_twice_is_the_identity(flip, kind):
     for seed in range(20):
         image, target = painted(seed)
         before = target["boxes"].clone()
-        flipped, after = flip(image, target)
+        flipped, after = flip(kind(image), target)
         for box, label in zip(after["boxes"].tolist(), after["labels"].tolist(), strict=True):
             assert box == extent(seen(flipped, label))
         again, back = flip(flipped, after)
-        assert np.array_equal(np.asarray(again), np.asarray(image))
+        assert np.array_equal(pixels(again), np.asarray(image))
         assert torch.equal(back["boxes"], before) and torch.equal(target["boxes"], before)
 
 
@@ -208,23 +218,25 @@ def augment(image, target, rng, scale, **flips):
     return random_zoom(*random_flips(image, target, rng, **{"horizontal": True, "vertical": True, **flips}), rng, scale)
 
 
-def test_light_augmentation_keeps_boxes_on_their_objects_and_inside_the_image():
+@BOTH
+def test_light_augmentation_keeps_boxes_on_their_objects_and_inside_the_image(kind):
     sizes, dropped, total = set(), 0, 0
     for seed in range(300):
         image, target = painted(seed)
-        got, after = augment(image, target, np.random.default_rng(seed), 0.6)
+        got, after = augment(kind(image), target, np.random.default_rng(seed), 0.6)
+        width, height = size_of(got)
         boxes, labels = after["boxes"], after["labels"]
         assert len(boxes) == len(labels) and boxes.dtype == torch.float32 and labels.dtype == torch.int64
         assert (boxes >= 0).all() and (boxes[:, 2:] > boxes[:, :2]).all()
-        assert (boxes[:, 0::2] <= got.width).all() and (boxes[:, 1::2] <= got.height).all()
+        assert (boxes[:, 0::2] <= width).all() and (boxes[:, 1::2] <= height).all()
         for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
             assert box == extent(seen(got, label))
             assert len(seen(got, label)) >= 0.4 * len(seen(image, label)), "a sliver was kept"
         for label in set(target["labels"].tolist()) - set(labels.tolist()):
             assert len(seen(got, label)) < 0.4 * len(seen(image, label)), "most of a dropped box is still to be seen"
             dropped += 1
-        assert 0.39 * image.width <= got.width <= image.width and 0.39 * image.height <= got.height <= image.height
-        sizes.add(got.size == image.size)
+        assert 0.39 * image.width <= width <= image.width and 0.39 * image.height <= height <= image.height
+        sizes.add((width, height) == image.size)
         total += len(target["labels"])
     assert sizes == {True, False} and 0 < dropped < total / 2
 
@@ -257,11 +269,11 @@ def test_a_mosaic_shows_four_images_with_their_boxes_at_about_their_scale():
         rng = np.random.default_rng(seed)
         sizes = [(640, 480), (300, 500), (200, 100), (640, 480)]  # one wide enough only when it is enlarged
         parts = [one_object(label, *size, rng) for label, size in enumerate(sizes)]
-        canvas, target = mosaic(parts, rng, config)
-        assert canvas.size == (256, 192) and len(target["boxes"]) == len(target["labels"])
+        canvas, target = mosaic([(to_uint8(image), target) for image, target in parts], rng, config)
+        assert size_of(canvas) == (256, 192) and len(target["boxes"]) == len(target["labels"])
         labels = target["labels"].tolist()
         for label, (image, before) in enumerate(parts):
-            shown = np.argwhere(np.abs(np.asarray(canvas, np.int64) - COLOURS[label]).max(-1) < 110)
+            shown = np.argwhere(np.abs(pixels(canvas).astype(int) - COLOURS[label]).max(-1) < 110)
             area = float((before["boxes"][0, 2:] - before["boxes"][0, :2]).prod())
             if label not in labels:
                 assert image.width < 640 or len(shown) < 0.4 * area * (1.5 * 0.4) ** 2, "it is still to be seen"
@@ -278,22 +290,25 @@ def test_a_mosaic_shows_four_images_with_their_boxes_at_about_their_scale():
 
 def test_colour_changes_pixels_within_its_amount():
     image, _ = painted(4)
-    got = jitter_colour(image, np.random.default_rng(0), 0.4)
-    assert got.size == image.size
+    got, tensor = (jitter_colour(kind(image), np.random.default_rng(0), 0.4) for kind in (lambda x: x, to_uint8))
+    assert got.size == image.size == size_of(tensor)
     assert not np.array_equal(np.asarray(got), np.asarray(image))
+    assert np.abs(pixels(tensor).astype(int) - pixels(got)).max() <= 2  # rounded twice
     same = jitter_colour(image, np.random.default_rng(0), 0.0)
     assert np.abs(np.asarray(same).astype(int) - np.asarray(image)).max() <= 1
 
 
-def test_the_published_recipe_keeps_boxes_on_their_objects_and_to_its_sizes():
+@BOTH
+def test_the_published_recipe_keeps_boxes_on_their_objects_and_to_its_sizes(kind):
     shorter = set()
     for seed in range(25):
         image, target = painted(seed, 160, 120)
-        got, after = augment_detr(image, target, np.random.default_rng(seed), 1333)
-        shorter.add(min(got.size))
-        assert max(got.size) <= 1333 and after["size"].tolist() == [got.height, got.width]
+        got, after = augment_detr(kind(image), target, np.random.default_rng(seed), 1333)
+        width, height = size_of(got)
+        shorter.add(min(width, height))
+        assert max(width, height) <= 1333 and after["size"].tolist() == [height, width]
         assert len(after["boxes"]) == len(after["labels"])
-        pixel = 2 + 1.5 * got.width / 70  # one pixel of the source spans several, and edges are blurred
+        pixel = 2 + 1.5 * width / 70  # one pixel of the source spans several, and edges are blurred
         for box, label in zip(after["boxes"].tolist(), after["labels"].tolist(), strict=True):
             points = seen(got, label, tolerance=60)
             if len(points):  # a sliver of an object may be blurred away
@@ -301,15 +316,17 @@ def test_the_published_recipe_keeps_boxes_on_their_objects_and_to_its_sizes():
     assert shorter <= set(TRAIN_SIZES) and len(shorter) > 5
 
 
-def test_a_crop_drops_what_it_leaves_out_and_counts_the_rest_anew():
+@BOTH
+def test_a_crop_drops_what_it_leaves_out_and_counts_the_rest_anew(kind):
     target = {
         "boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 30], [5, 5, 30, 25]]),
         "labels": torch.tensor([1, 2, 3]),
         "area": torch.tensor([100.0, 200, 500]),
         "iscrowd": torch.tensor([0, 1, 0]),
     }
-    image, after = crop(noise(), target, (10, 15, 20, 15))  # x 15..30, y 10..30
-    assert image.size == (15, 20) and after["size"].tolist() == [20, 15]
+    image, after = crop(kind(noise()), target, (10, 15, 20, 15))  # x 15..30, y 10..30
+    assert np.array_equal(pixels(image), np.asarray(noise())[10:30, 15:30])
+    assert size_of(image) == (15, 20) and after["size"].tolist() == [20, 15]
     assert after["boxes"].tolist() == [[5, 10, 15, 20], [0, 0, 15, 15]]
     assert after["labels"].tolist() == [2, 3] and after["iscrowd"].tolist() == [1, 0]
     assert after["area"].tolist() == [100, 225]
@@ -338,12 +355,13 @@ def test_sizes_and_places_of_random_crops_are_uniform_with_both_ends():
     assert set(corners) == {0, 1, 2, 5, 6, 7} and min(np.bincount(corners)[[0, 1, 2, 5, 6, 7]]) > 60
 
 
-def test_padding_is_black_and_moves_no_box():
+@BOTH
+def test_padding_is_black_and_moves_no_box(kind):
     target = {"boxes": torch.tensor([[1.0, 2, 3, 4]]), "masks": torch.ones(1, 30, 40, dtype=torch.bool)}
-    image, after = pad(noise(), target, 3, 2)
-    assert image.size == (43, 32) and after["size"].tolist() == [32, 43]
-    assert np.array_equal(np.asarray(image)[:30, :40], np.asarray(noise()))
-    assert np.asarray(image)[30:].max() == np.asarray(image)[:, 40:].max() == 0
+    image, after = pad(kind(noise()), target, 3, 2)
+    assert size_of(image) == (43, 32) and after["size"].tolist() == [32, 43]
+    assert np.array_equal(pixels(image)[:30, :40], np.asarray(noise()))
+    assert pixels(image)[30:].max() == pixels(image)[:, 40:].max() == 0
     assert torch.equal(after["boxes"], target["boxes"])
     assert after["masks"].sum() == 1200 and after["masks"].shape == (1, 32, 43)
     rng = np.random.default_rng(0)
@@ -397,7 +415,7 @@ def test_an_image_without_boxes_passes_through_everything():
     for seed in range(8):
         rng = np.random.default_rng(seed)
         _, after = augment(noise(), empty, rng, 0.5)
-        assert mosaic([(noise(), empty)] * 4, rng, ModelConfig(preset="tiny"))[1]["boxes"].shape == (0, 4)
+        assert mosaic([(to_uint8(noise()), empty)] * 4, rng, ModelConfig(preset="tiny"))[1]["boxes"].shape == (0, 4)
         _, published = augment_detr(noise(), empty, rng, 1333)
         assert after["boxes"].shape == published["boxes"].shape == (0, 4)
         assert len(after["labels"]) == len(published["labels"]) == 0

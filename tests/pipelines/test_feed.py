@@ -48,7 +48,7 @@ def dataset(tmp_path_factory):
 def feed(dataset, batch_size=2, rank=0, workers=1, seed=0, **augment):
     model = ModelConfig.model_validate("tiny")
     settings = AugmentSettings(**{"recipe": "none", **augment})
-    return open_feed(dataset, "train", model, settings, 10**6, batch_size, seed, rank, workers)
+    return open_feed(dataset, "train", model, settings, 10**7, batch_size, seed, rank, workers)
 
 
 def test_every_epoch_is_a_permutation_and_no_two_are_alike(dataset):
@@ -65,6 +65,38 @@ def test_batches_hold_images_of_like_shape_in_every_epoch(dataset):
     one = feed(dataset, batch_size=2)
     mixed = sum(len({row % 2 for _, row in one.indices(step)}) > 1 for step in range(55))  # ten epochs
     assert mixed <= 20  # where shapes meet, and where epochs meet: two of an epoch's five or six batches at most
+
+
+def test_a_large_jpeg_is_decoded_in_part_and_its_boxes_stay_on_their_object(tmp_path, monkeypatch):
+    pixels = np.zeros((1203, 1601, 3), np.uint8)
+    pixels[300:900, 800:1200] = 255
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "JPEG", quality=95)
+    row = {"image_id": 1, "image": data.getvalue(), "boxes": [[800.0, 300.0, 1200.0, 900.0]], "labels": [0],
+           "width": 1601, "height": 1203}  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train-0.parquet")
+    write_json(tmp_path / "dataset.json", {"splits": {"train": {"shards": [{"path": "train-0.parquet", "rows": 1}]}}})
+    decoded, decode = [], module.decode_image
+
+    def watched(*arguments):
+        decoded.append(decode(*arguments).size)
+        return decode(*arguments)
+
+    monkeypatch.setattr(module, "decode_image", watched)
+    batches = {}
+    for recipe in ("light", "none", "detr"):
+        one = feed(tmp_path, 1, recipe=recipe, scale=0, colour=0, horizontal_flip=False)
+        batches[recipe] = one.batch(0)
+    assert decoded == [(801, 602), (1601, 1203), (1601, 1203)]
+    light, none = batches["light"], batches["none"]
+    assert light["images"].shape == none["images"].shape and light["sizes"].tolist() == none["sizes"].tolist()
+    assert (light["images"].int() - none["images"].int()).abs().float().mean() < 1
+    torch.testing.assert_close(light["boxes"], none["boxes"], rtol=0, atol=2e-3)
+    height, width = light["sizes"][0].tolist()
+    ys, xs = np.nonzero(light["images"][0, 0].numpy() > 127)
+    shown = np.array([(xs.min() + xs.max() + 1) / 2 / width, (ys.min() + ys.max() + 1) / 2 / height,
+                      (xs.max() + 1 - xs.min()) / width, (ys.max() + 1 - ys.min()) / height])  # fmt: skip
+    assert np.abs(light["boxes"][0].numpy() - shown).max() * width <= 1
 
 
 def test_nothing_is_dropped_where_epochs_meet(dataset):
