@@ -9,7 +9,7 @@ COMMANDS = {
     "pipeline": "Run all stages: images and labels in, promoted model, detections and report out.",
     "sample": "Write the built-in COCO dataset.",
     "ingest": "Check a COCO folder and write it as Parquet shards.",
-    "look": "Say what in the data will hurt a training, and what to change.",
+    "data": "Show a dataset, and say what in it will hurt a training.",
     "suggest": "Say which batch size and learning rate suit this machine.",
     "train": "Train a DETR on the shards.",
     "sweep": "Try matching costs and loss weights, judged by AP.",

@@ -12,9 +12,9 @@ def main(settings, store: Path) -> dict:
     from pipelines.ingest import source
     from pipelines.workflow import data_path, ingest_stage
 
-    source(settings, data_path(settings, store))  # what is wrong is said before Ray starts
+    found = source(settings, data_path(settings, store))  # what is wrong is said before Ray starts
     with ray_session(settings):
-        record = ingest_stage(settings, store)
+        record = ingest_stage(settings, store, found)
     return {**record["result"], "folder": record["folder"], "reused": record["reused"], "text": record["folder"]}
 
 

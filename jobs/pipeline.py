@@ -16,10 +16,10 @@ def main(settings, store: Path) -> dict:
     from pipelines.ingest import source
     from pipelines.workflow import data_path, pipeline
 
-    source(settings, data_path(settings, store))  # what is wrong is said before Ray starts
+    found = source(settings, data_path(settings, store))  # what is wrong is said before Ray starts
     with ray_session(settings):
         try:
-            outcome = pipeline(settings, store)
+            outcome = pipeline(settings, store, found)
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM as Ray hands it on
             # The stages run in the workflow's threads; they end with the process and are taken up by the next start.
             click.echo("Stopped. The same command goes on from here.", err=True)

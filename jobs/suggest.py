@@ -18,9 +18,9 @@ def main(settings, store: Path) -> dict:
     from pipelines.train import uses_gpu
     from pipelines.workflow import data_path, ingest_stage
 
-    source(settings, data_path(settings, store))
+    found = source(settings, data_path(settings, store))
     with ray_session(settings):
-        data = ingest_stage(settings, store)
+        data = ingest_stage(settings, store, found)
         found = suggest(settings, Path(data["folder"]), uses_gpu(settings))
     page = Console(file=io.StringIO(), width=shutil.get_terminal_size((120, 24)).columns)
     page.print(suggestion_table(found))

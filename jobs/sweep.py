@@ -12,9 +12,9 @@ def main(settings, store: Path) -> dict:
     from pipelines.ingest import source
     from pipelines.workflow import data_path, ingest_stage, sweep_stage
 
-    source(settings, data_path(settings, store))
+    found = source(settings, data_path(settings, store))
     with ray_session(settings):
-        record = sweep_stage(settings, store, ingest_stage(settings, store))
+        record = sweep_stage(settings, store, ingest_stage(settings, store, found))
     best = str(Path(record["folder"]) / "best.yaml")
     return {**record["result"], "best_config": best, "reused": record["reused"], "text": best}
 

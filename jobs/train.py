@@ -12,9 +12,9 @@ def main(settings, store: Path) -> dict:
     from pipelines.ingest import source
     from pipelines.workflow import data_path, ingest_stage, train_stage
 
-    source(settings, data_path(settings, store))
+    found = source(settings, data_path(settings, store))
     with ray_session(settings):
-        record = train_stage(settings, store, ingest_stage(settings, store))
+        record = train_stage(settings, store, ingest_stage(settings, store, found))
     result = record["result"]
     folder = str(Path(record["folder"]) / "checkpoint")
     text = f"AP {result['AP']:.3f}, AP50 {result['AP50']:.3f} on val after {result['steps']} steps: {folder}"

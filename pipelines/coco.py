@@ -1,7 +1,10 @@
-"""Annotation files in COCO's format: read, check, explain what is wrong.
+"""Annotation files in COCO's format: read, check, explain what is wrong, and write them again.
 
 A file whose structure is wrong is refused as a whole, in one sentence that names the record. A box
 that cannot be trained on is kept, marked with the reason: evaluation wants the source's own truth.
+
+A file is read item by item, and its annotations are kept in an Arrow table: COCO's own (118k images, 860k boxes) would
+be gigabytes of Python objects.
 """
 from __future__ import annotations
 
@@ -10,94 +13,173 @@ import json
 import math
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow.fs import FileType
 
 from pipelines.alike import find_alike, thumbnail
+from pipelines.json_stream import JsonObject, NotAnObject
 from pipelines.progress import track
 from pipelines.settings import UserError
+from pipelines.storage import explain, is_remote, kind, locate, read_file
 
 LARGEST_ID = 2**63 - 1
 LARGEST_SIDE = 2**31 - 1
+BATCH = 4096  # annotations that are Python objects at a time
+IMAGE_KEYS = {"id", "file_name", "width", "height"}
+ANNOTATION_KEYS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
+
+TABLE = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("id", pa.int64()),
+        ("category_id", pa.int64()),
+        ("bbox", pa.list_(pa.float64(), 4)),  # the source's, xywh
+        ("area", pa.float64()),
+        ("iscrowd", pa.bool_()),
+        ("segmentation", pa.large_string()),  # JSON
+        ("extra", pa.large_string()),  # JSON: other members, and those of the above that their columns hold otherwise
+        ("absent", pa.list_(pa.string())),  # members of the above that the source lacks
+        ("box", pa.list_(pa.float64(), 4)),  # xyxy clamped to the image; null when rejected
+        ("reject", pa.string()),  # why training must not see it
+    ]
+)
+RAW = pa.schema(list(TABLE)[:-2])
 
 
 @dataclass(frozen=True)
 class CocoFile:
     """A checked annotation file.
 
-    images: {"id", "file_name", "width", "height"} in order of id.
-    annotations_by_image: for every image id its annotations in the file's order, each
-      {"id", "category_id", "bbox": source xywh as floats, "area", "iscrowd": bool,
-       "reject": reason or None, "box": xyxy clamped to the image, None when rejected}.
+    images: {"id", "file_name", "width", "height", "extra": JSON of the record's other members or None} in order of id.
+    table: the annotations (TABLE), by image in the order of images, an image's in the file's order; those of image i
+      are the rows starts[i] to starts[i + 1], and from starts[-1] on are those of images that the file does not list.
     categories: {"id", "name"} in order of id; the position is the label.
-    rejects: (file name, annotation id, reason) of every annotation that training will not see,
-      including those of images the file does not list (these are in no other place).
+    document: the categories as they were, and what else the file holds beside images and annotations.
     """
 
-    path: Path
+    path: Path | str
     sha256: str
     images: list[dict[str, Any]]
-    annotations_by_image: dict[int, list[dict[str, Any]]]
+    table: pa.Table
+    starts: np.ndarray
     categories: list[dict[str, Any]]
-    rejects: list[tuple[str, int, str]]
+    document: dict[str, Any]
 
     @property
     def boxes(self) -> int:
         """How many boxes can be trained on."""
-        return sum(a["reject"] is None for rows in self.annotations_by_image.values() for a in rows)
+        return self.table["reject"].null_count
 
     @property
     def clamped(self) -> int:
         """How many of these reached over the image's edge and were cut there."""
-        return sum(
-            row["box"] != _xyxy(row["bbox"])
-            for rows in self.annotations_by_image.values()
-            for row in rows
-            if row["reject"] is None
-        )
+        used = self.table.filter(pc.is_null(self.table["reject"]))
+        return int((_numbers(used["box"]) != _xyxy(_numbers(used["bbox"]))).any(1).sum())
+
+    def annotations(self, position: int) -> list[dict[str, Any]]:
+        """The annotations of the image at this position, in the file's order."""
+        start, end = self.starts[position : position + 2].tolist()
+        return self.table.slice(start, end - start).to_pylist()
+
+    def rejects(self) -> Iterator[dict[str, Any]]:
+        """Every annotation that training will not see, {"file_name", "annotation_id", "reason", "record": JSON of one
+        of an image that the file does not list, which is in no other place, else None}."""
+        listed = int(self.starts[-1])
+        for position in np.flatnonzero(self.table["reject"].is_valid().to_numpy()).tolist():
+            row = self.table.slice(position, 1).to_pylist()[0]
+            image = int(np.searchsorted(self.starts, position, side="right")) - 1
+            yield {
+                "file_name": self.images[image]["file_name"] if position < listed else "",
+                "annotation_id": row["id"],
+                "reason": row["reject"],
+                "record": None if position < listed else json.dumps(to_record(row, row["image_id"])),
+            }
 
 
-def read_coco(path: Path, images_root: Path) -> CocoFile:
-    """Read and check an annotation file whose file names are relative to images_root.
+def read_coco(path: Path | str, images_root: Path | str, segmentation: bool = True) -> CocoFile:
+    """Read and check an annotation file (local or on S3) whose file names are relative to images_root.
 
-    Raises UserError: exit code 2 when the file is missing or not COCO, 1 when a file name leaves
+    segmentation: keep it. Raises UserError: exit code 2 when the file is missing or not COCO, 1 when a file name leaves
     images_root or nothing usable is in it. Images are not opened.
     """
-    path = Path(path)
-    content, sha256 = _load(path)
-    categories = _categories(path, content["categories"])
-    images = _images(path, content["images"], Path(images_root))
-    by_id = {image["id"]: image for image in images}
-    labels = {category["id"] for category in categories}
+    try:
+        return _read(path, images_root, segmentation)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
+            "it may be cut short, so copy or write it again.",
+            2,
+        ) from error
+    except RecursionError as error:  # what can be read so deep cannot be written
+        raise UserError(f"{path} is not a COCO file: a record is nested too deep.", 2) from error
+    except OSError as error:
+        raise UserError(f"The annotation file {path} cannot be read: {explain(error)}", 2) from error
 
-    rows: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
-    rejects: list[tuple[str, int, str]] = []
-    seen: set[int] = set()
-    for number, record in enumerate(content["annotations"]):
-        where = f"annotations[{number}]"
-        image_id, row = _annotation(path, where, record)
-        image = by_id.get(image_id)
-        if row["id"] in seen:
-            row["reject"] = "the annotation id was used before"
-        elif image is None:
-            row["reject"] = f"there is no image {image_id}"
-        elif row["category_id"] not in labels:
-            row["reject"] = f"there is no category {row['category_id']}"
-        else:
-            row["box"], row["reject"] = _check_box(row["bbox"], row["area"], image["width"], image["height"])
-            if row["reject"] is None and row["iscrowd"]:
-                row["box"], row["reject"] = None, "crowd"
-        seen.add(row["id"])
-        if image is not None:
-            rows[image_id].append(row)
-        if row["reject"] is not None:
-            rejects.append((image["file_name"] if image else "", row["id"], row["reject"]))
-    return CocoFile(path, sha256, images, rows, categories, rejects)
+
+def _read(path: Path | str, images_root: Path | str, segmentation: bool) -> CocoFile:
+    fs, place = _annotation_file(path)
+    found: dict[str, Any] = {}
+    document: dict[str, Any] = {}
+    with fs.open_input_stream(place) as file:
+        content = JsonObject(file)
+        if content.empty:
+            raise UserError(f"The annotation file {path} is empty; write it again.", 2)
+        members = content.members()
+        while True:
+            try:
+                key, value = next(members)
+            except StopIteration:
+                break
+            except NotAnObject as error:
+                raise UserError(
+                    f"{path} is not a COCO file: it holds a {_kind(error.value)}, not an object with images, "
+                    "annotations and categories.",
+                    2,
+                ) from error
+            if key in found:
+                raise UserError(f"{path} is not a COCO file: it has {key!r} twice.", 2)
+            if key not in ("images", "annotations", "categories"):
+                document[key] = list(value) if isinstance(value, Iterator) else value
+            elif not isinstance(value, Iterator):
+                raise UserError(
+                    f"{path} is not a COCO file: {key!r} is a {_kind(value)}; it must be a list of objects.", 2
+                )
+            elif key == "images":
+                found[key] = _images(path, value, images_root)
+            elif key == "annotations":
+                found[key] = pa.Table.from_batches(_annotations(path, value, segmentation), RAW)
+            else:
+                document[key] = list(value)
+                found[key] = _categories(path, document[key])
+    for key in ("images", "annotations", "categories"):
+        if key not in found:
+            raise UserError(f"{path} is not a COCO file: it has no {key!r}; it must be a list of objects.", 2)
+    for key in ("images", "categories"):
+        if not found[key]:
+            raise UserError(f"{path} has nothing to use: its list {key!r} is empty.", 1)
+    images, categories = found["images"], found["categories"]
+    table, starts = _judge(found.pop("annotations"), images, categories)
+    return CocoFile(path, content.sha256, images, table, starts, categories, document)
+
+
+def coco_from(path: str, sha256: str, content: dict[str, list], images_root: str, segmentation: bool) -> CocoFile:
+    """As `read_coco`, of lists of images, annotations and categories that something else at `path` says."""
+    images, categories = _images(path, content["images"], images_root), _categories(path, content["categories"])
+    for what, found in (("image", images), ("class", categories)):
+        if not found:
+            raise UserError(f"{path} has nothing to use: there is no {what}.", 1)
+    raw = pa.Table.from_batches(_annotations(path, iter(content["annotations"]), segmentation), RAW)
+    table, starts = _judge(raw, images, categories)
+    return CocoFile(path, sha256, images, table, starts, categories, {"categories": content["categories"]})
 
 
 def safe_join(root: Path, name: str) -> Path:
@@ -105,6 +187,26 @@ def safe_join(root: Path, name: str) -> Path:
 
     Raises ValueError with the reason otherwise.
     """
+    _check_name(name)
+    path = os.path.join(root, name)
+    try:
+        inside = os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), ""))
+    except OSError as error:
+        raise ValueError(f"cannot be followed ({error.strerror})") from error
+    if not inside:
+        raise ValueError("is a link that leaves the images folder")
+    return Path(path)
+
+
+def image_place(root: Path | str, name: str) -> str:
+    """Where the image `name` of the folder or s3:// prefix `root` is: `safe_join`, and the same of a URI."""
+    if not is_remote(root):
+        return str(safe_join(Path(root), name))
+    _check_name(name)
+    return f"{str(root).rstrip('/')}/{posixpath.normpath(name)}"
+
+
+def _check_name(name: str) -> None:
     if not name or "\0" in name:
         raise ValueError("is empty or holds a NUL character")
     try:
@@ -118,14 +220,6 @@ def safe_join(root: Path, name: str) -> Path:
         raise ValueError("leaves the images folder")
     if posixpath.normpath(name) == "." or parts[-1] == "":
         raise ValueError("names a folder")
-    path = os.path.join(root, name)
-    try:
-        inside = os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), ""))
-    except OSError as error:
-        raise ValueError(f"cannot be followed ({error.strerror})") from error
-    if not inside:
-        raise ValueError("is a link that leaves the images folder")
-    return Path(path)
 
 
 def masks_of(annotations: Sequence[dict[str, Any]], height: int, width: int) -> np.ndarray:
@@ -149,7 +243,7 @@ def masks_of(annotations: Sequence[dict[str, Any]], height: int, width: int) -> 
 
 
 def split_train(
-    coco: CocoFile, fraction: float, seed: int, images_root: Path, max_pixels: int
+    coco: CocoFile, fraction: float, seed: int, images_root: Path | str, max_pixels: int
 ) -> tuple[CocoFile, CocoFile]:
     """Split one file's images at random into (train, val), about `fraction` of them val.
 
@@ -158,7 +252,7 @@ def split_train(
     only identical files do. Reads every image once. Depends on nothing but the files and the seed.
     Raises UserError (exit code 1) when there are fewer than two different images.
     """
-    paths = [safe_join(images_root, image["file_name"]) for image in coco.images]
+    paths = [image_place(images_root, image["file_name"]) for image in coco.images]
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         looks = pool.map(lambda path: _look(path, max_pixels), paths)
@@ -179,48 +273,36 @@ def split_train(
         raise UserError(
             f"{coco.path} cannot be split: it has no two different images; add some or set data.val.", 1
         )
-    train = _select(coco, set(range(len(paths))) - val)
-    unlisted = [reject for reject in coco.rejects if not reject[0]]  # of images the file does not list
-    return replace(train, rejects=unlisted + train.rejects), _select(coco, val)
+    return _select(coco, sorted(set(range(len(paths))) - val), rest=True), _select(coco, sorted(val))
 
 
-def _load(path: Path) -> tuple[dict[str, Any], str]:
-    """The file's JSON object with its three lists, and the sha256 of its bytes."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"There is no annotation file {path}.", 2) from error
-    except OSError as error:
-        raise UserError(f"The annotation file {path} cannot be read: {error.strerror}.", 2) from error
-    if not data.strip():
-        raise UserError(f"The annotation file {path} is empty; write it again.", 2)
-    try:
-        content = json.loads(data)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-            "it may be cut short, so copy or write it again.",
-            2,
-        ) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, too deep
-        raise UserError(f"{path} is not JSON that can be read: {str(error).splitlines()[0]}.", 2) from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path} is not a COCO file: it holds a {_kind(content)}, not an object with images, "
-            "annotations and categories.",
-            2,
-        )
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            found = f"{key!r} is a {_kind(content[key])}" if key in content else f"it has no {key!r}"
-            raise UserError(f"{path} is not a COCO file: {found}; it must be a list of objects.", 2)
-    for key in ("images", "categories"):
-        if not content[key]:
-            raise UserError(f"{path} has nothing to use: its list {key!r} is empty.", 1)
-    return content, hashlib.sha256(data).hexdigest()
+def to_record(row: dict[str, Any], image_id: int) -> dict[str, Any]:
+    """A row of TABLE, or of a shard's annotations, as the source had it."""
+    record = {
+        "id": row["id"], "image_id": image_id, "category_id": row["category_id"], "bbox": row["bbox"],
+        "area": row["area"], "iscrowd": int(row["iscrowd"]),
+    }  # fmt: skip
+    if row["segmentation"] is not None:
+        record["segmentation"] = json.loads(row["segmentation"])
+    if row["extra"] is not None:
+        record |= json.loads(row["extra"])
+    return {key: value for key, value in record.items() if key not in row["absent"]}
 
 
-def _categories(path: Path, records: list) -> list[dict[str, Any]]:
+def image_record(image: dict[str, Any]) -> dict[str, Any]:
+    """An image of CocoFile, or a shard's row, as the source had it."""
+    record = {"id": image["id"], **{key: image[key] for key in ("file_name", "width", "height")}}
+    return record | json.loads(image["extra"] or "{}")
+
+
+def _annotation_file(path: Path | str):
+    """(file system, path in it) of an annotation file."""
+    if kind(path) == FileType.NotFound:
+        raise UserError(f"There is no annotation file {path}.", 2)
+    return locate(path)
+
+
+def _categories(path: Path | str, records: list) -> list[dict[str, Any]]:
     categories: dict[int, dict[str, Any]] = {}
     for number, record in enumerate(records):
         where = f"categories[{number}]"
@@ -238,7 +320,7 @@ def _categories(path: Path, records: list) -> list[dict[str, Any]]:
     return [categories[key] for key in sorted(categories)]
 
 
-def _images(path: Path, records: list, root: Path) -> list[dict[str, Any]]:
+def _images(path: Path | str, records: Iterable, root: Path | str) -> list[dict[str, Any]]:
     images: dict[int, dict[str, Any]] = {}
     names: dict[str, int] = {}
     for number, record in enumerate(records):
@@ -254,7 +336,7 @@ def _images(path: Path, records: list, root: Path) -> list[dict[str, Any]]:
                 2,
             )
         try:
-            safe_join(root, name)
+            image_place(root, name)
         except ValueError as error:
             raise UserError(
                 f"{path}: {where} (id {image_id}) has the file name {_short(name)}, which {error}; "
@@ -270,14 +352,22 @@ def _images(path: Path, records: list, root: Path) -> list[dict[str, Any]]:
             )
         width = _whole(path, where, record, "width", 1, LARGEST_SIDE)
         height = _whole(path, where, record, "height", 1, LARGEST_SIDE)
-        images[image_id] = {"id": image_id, "file_name": name, "width": width, "height": height}
+        extra = _json({key: value for key, value in record.items() if key not in IMAGE_KEYS})
+        images[image_id] = {"id": image_id, "file_name": name, "width": width, "height": height, "extra": extra}
     return [images[key] for key in sorted(images)]
 
 
-def _annotation(path: Path, where: str, record: Any) -> tuple[int, dict[str, Any]]:
-    """(image id, the annotation with its types checked, not yet judged)."""
+def _annotations(path: Path | str, records: Iterator, segmentation: bool) -> Iterator[pa.RecordBatch]:
+    """The annotations with their types checked, not yet judged, as batches of RAW."""
+    numbered = enumerate(records)
+    while some := list(islice(numbered, BATCH)):
+        rows = [_annotation(path, f"annotations[{number}]", record, segmentation) for number, record in some]
+        yield pa.RecordBatch.from_pylist(rows, RAW)
+
+
+def _annotation(path: Path | str, where: str, record: Any, segmentation: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"id": _whole(path, where, record, "id")}
-    image_id = _whole(path, where, record, "image_id")
+    row["image_id"] = _whole(path, where, record, "image_id")
     row["category_id"] = _whole(path, where, record, "category_id")
     bbox = record.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(v) for v in bbox):
@@ -293,36 +383,76 @@ def _annotation(path: Path, where: str, record: Any) -> tuple[int, dict[str, Any
     if crowd not in (0, 1, None):
         raise _wrong(path, where, "iscrowd", "0 or 1", record)
     row["iscrowd"] = bool(crowd)
-    row["reject"], row["box"] = None, None
-    return image_id, row
+    extra = {key: value for key, value in record.items() if key not in ANNOTATION_KEYS}
+    for key in ("bbox", "area", "iscrowd"):  # what became another value: null, numbers beyond float64
+        if key in record and record[key] != row[key]:
+            extra[key] = record[key]
+    row["absent"] = [key for key in ("area", "iscrowd") if key not in record]
+    row["extra"] = _json(extra)
+    row["segmentation"] = json.dumps(record["segmentation"]) if segmentation and "segmentation" in record else None
+    return row
 
 
-def _xyxy(bbox: list[float]) -> list[float]:
-    x, y, w, h = bbox
-    return [x, y, x + w, y + h]
+def _judge(
+    raw: pa.Table, images: list[dict[str, Any]], categories: list[dict[str, Any]]
+) -> tuple[pa.Table, np.ndarray]:
+    """The checked annotations as CocoFile's table and starts."""
+    ids, image_ids, category_ids = (raw[key].to_numpy() for key in ("id", "image_id", "category_id"))
+    bbox, area = _numbers(raw["bbox"]), raw["area"].to_numpy()
+    known = np.array([image["id"] for image in images], np.int64)
+    position = np.searchsorted(known, image_ids)
+    listed = known[np.minimum(position, len(known) - 1)] == image_ids
+    position[~listed] = len(known)
+    # Without an image any size will do: such a box is rejected for that.
+    sides = np.array([(image["width"], image["height"]) for image in images] + [(1, 1)], np.float64)[position]
+    with np.errstate(invalid="ignore", over="ignore"):
+        box = np.clip(_xyxy(bbox), 0.0, np.tile(sides, 2))
+        x0, y0, x1, y1 = box.astype(np.float32).T  # as training will see it
+        outside = (x1 <= x0) | (y1 <= y0)
+    once = np.zeros(len(raw), bool)
+    once[np.unique(ids, return_index=True)[1]] = True
+    reasons = {  # the first that fits
+        "the annotation id was used before": ~once,
+        "there is no image {image}": ~listed,
+        "there is no category {category}": ~np.isin(category_ids, [category["id"] for category in categories]),
+        "a number of the box or its area is not finite": ~(np.isfinite(bbox).all(1) & np.isfinite(area)),
+        "the box has a negative width or height": (bbox[:, 2:] < 0).any(1),
+        "the box has no area": (bbox[:, 2:] == 0).any(1),
+        "nothing of the box is inside the image": outside,
+        "crowd": raw["iscrowd"].to_numpy(zero_copy_only=False),
+    }
+    reject = np.full(len(raw), None, object)
+    for reason, faulty in reversed(reasons.items()):
+        for row in np.flatnonzero(faulty).tolist():
+            reject[row] = reason.format(image=image_ids[row], category=category_ids[row])
+    lost = pa.array(reject != None)  # noqa: E711 - element by element
+    boxes = pa.FixedSizeListArray.from_arrays(pa.array(box.ravel()), 4, mask=lost)
+    raw = raw.append_column("box", boxes).append_column("reject", pa.array(reject, pa.string()))
+    order = np.argsort(position, kind="stable")
+    starts = np.searchsorted(position[order], np.arange(len(images) + 1))
+    columns = {}
+    for name in TABLE.names:  # one by one, so that not all of it is there twice
+        columns[name] = raw[name].take(order).combine_chunks()
+        raw = raw.drop_columns(name)
+    return pa.table(columns, TABLE), starts
 
 
-def _check_box(
-    bbox: list[float], area: float, width: int, height: int
-) -> tuple[list[float] | None, str | None]:
-    """(xyxy clamped to the image, None) or (None, the reason why the box cannot be used)."""
-    w, h = bbox[2:]
-    if not all(math.isfinite(value) for value in (*bbox, area)):
-        return None, "a number of the box or its area is not finite"
-    if w < 0 or h < 0:
-        return None, "the box has a negative width or height"
-    if w == 0 or h == 0:
-        return None, "the box has no area"
-    sides = (width, height, width, height)
-    box = [min(max(value, 0.0), float(side)) for value, side in zip(_xyxy(bbox), sides, strict=True)]
-    x0, y0, x1, y1 = np.float32(box)  # as training will see it
-    if x1 <= x0 or y1 <= y0:
-        return None, "nothing of the box is inside the image"
-    return box, None
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of boxes, none of them null -> float64 [N, 4]."""
+    return pc.list_flatten(column).to_numpy().reshape(-1, 4)
+
+
+def _xyxy(bbox: np.ndarray) -> np.ndarray:
+    """Boxes xywh -> xyxy, float64 [N, 4]."""
+    return np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], 1)
+
+
+def _json(members: dict[str, Any]) -> str | None:
+    return json.dumps(members) if members else None
 
 
 def _whole(
-    path: Path, where: str, record: Any, key: str, least: int = -LARGEST_ID, most: int = LARGEST_ID
+    path: Path | str, where: str, record: Any, key: str, least: int = -LARGEST_ID, most: int = LARGEST_ID
 ) -> int:
     """record[key] as a whole number in the range; 3.0 counts as 3."""
     if not isinstance(record, dict):
@@ -336,7 +466,7 @@ def _whole(
     return value
 
 
-def _wrong(path: Path, where: str, key: str, wanted: str, record: dict) -> UserError:
+def _wrong(path: Path | str, where: str, key: str, wanted: str, record: dict) -> UserError:
     if not isinstance(record, dict):
         return UserError(f"{path} is not a COCO file: {where} is a {_kind(record)}, not an object.", 2)
     identity = f" (id {_short(record['id'])})" if key != "id" and "id" in record else ""
@@ -370,16 +500,13 @@ def _float(value: float) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _look(path: Path, max_pixels: int) -> tuple[str, bytes | None]:
+def _look(path: str, max_pixels: int) -> tuple[str, bytes | None]:
     """(sha256 of the bytes, thumbnail); a file that cannot be read looks like no other."""
     from detr.transforms import ImageError, decode_image
 
-    try:
-        data = path.read_bytes() if path.is_file() else None
-    except OSError:
-        data = None
-    if data is None:
-        return str(path), None  # ingest will say why
+    data, reason = read_file(path)
+    if reason is not None:
+        return path, None  # ingest will say why
     try:
         small = thumbnail(decode_image(data, max_pixels))
     except ImageError:
@@ -411,14 +538,15 @@ def _alike(digests: Sequence[str], thumbnails: Sequence[bytes | None]) -> list[l
     return list(groups.values())
 
 
-def _select(coco: CocoFile, positions: set[int]) -> CocoFile:
-    """The file with only the images at these positions."""
-    images = [image for position, image in enumerate(coco.images) if position in positions]
-    names = {image["file_name"] for image in images}
-    rows = {image["id"]: coco.annotations_by_image[image["id"]] for image in images}
+def _select(coco: CocoFile, positions: list[int], rest: bool = False) -> CocoFile:
+    """The file with only the images at these positions, and, for rest, annotations of images it does not list."""
+    counts = np.diff(coco.starts)[positions]
+    rows = [np.arange(coco.starts[i], coco.starts[i + 1]) for i in positions]
+    if rest:
+        rows.append(np.arange(coco.starts[-1], len(coco.table)))
     return replace(
         coco,
-        images=images,
-        annotations_by_image=rows,
-        rejects=[reject for reject in coco.rejects if reject[0] in names],
+        images=[coco.images[i] for i in positions],
+        table=coco.table.take(np.concatenate(rows)),
+        starts=np.concatenate([[0], np.cumsum(counts)]),
     )

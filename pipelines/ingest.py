@@ -1,6 +1,6 @@
 """Images and annotations -> Parquet shards that hold the encoded bytes untouched (Ray Data).
 
-One Ray Data row is the plan of one shard: the task reads the images it names, checks and writes them. A
+One Ray Data row is the plan of one shard, a file: the task reads the images it names, checks and writes them. A
 shard is there whole or not at all, with a note beside it; an attempt that follows a killed one redoes
 only the shards without a note. `dataset.json` is written last.
 """
@@ -10,27 +10,35 @@ import hashlib
 import io
 import json
 import os
+import posixpath
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from pyarrow.fs import FileInfo, FileType
 
 from pipelines.alike import SIDE, thumbnail
-from pipelines.coco import CocoFile, read_coco, safe_join, split_train
+from pipelines.coco import CocoFile, image_place, image_record, read_coco, split_train, to_record
+from pipelines.folders import other_layout
 from pipelines.progress import console, progress
 from pipelines.settings import DataSettings, RunSettings, UserError, digest
 from pipelines.stage import read_json, write_json
+from pipelines.storage import from_task, is_remote, join, kind, list_files, plain, read_file
 
 FORMAT = 1
 ROW_GROUP = 64  # rows
 ROW_GROUP_BYTES = 128 * 2**20  # fewer rows than that where images are large
 MAX_FILE_BYTES = 2**29  # per image: keeps a binary column far from Arrow's 2 GiB
 ORIENTATION = 0x0112  # EXIF tag
+# Not in the digests of rows: sha256 stands for the image, and neither training nor evaluation sees the others.
+UNSEEN = ("image", "thumbnail", "extra", "segmentations", "extras", "absent")
 
 ANNOTATION = pa.struct(
     [
@@ -55,6 +63,11 @@ SCHEMA = pa.schema(
         ("boxes", pa.list_(pa.list_(pa.float32(), 4))),
         ("labels", pa.list_(pa.int32())),
         ("annotations", pa.list_(ANNOTATION)),
+        # What else the source says of the image and of each annotation: JSON, null where there is nothing.
+        ("extra", pa.string()),
+        ("segmentations", pa.list_(pa.string())),
+        ("extras", pa.list_(pa.string())),
+        ("absent", pa.list_(pa.list_(pa.string()))),  # members that the source leaves out
     ]
 )
 REJECTS = pa.schema(
@@ -63,53 +76,42 @@ REJECTS = pa.schema(
         ("file_name", pa.string()),
         ("annotation_id", pa.int64()),  # null for a whole image
         ("reason", pa.string()),
+        ("record", pa.string()),  # JSON of what is in no shard: {"image", "annotations"}, or the annotation
     ]
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checked COCO folder. `inputs` is what the content of the shards depends on (JSON-like)."""
+    """A checked COCO folder, local or on S3. `inputs` is what the content of the shards depends on (JSON-like)."""
 
-    path: Path
-    images: Path
+    path: str
+    images: str
     name: str
     files: dict[str, CocoFile]  # train; val unless it is to be split off; test where there is one
     inputs: dict[str, Any]
 
 
-def source(settings: RunSettings, path: Path) -> Source:
+def source(settings: RunSettings, path: Path | str) -> Source:
     """Find and check the annotation files of the COCO folder `path`; images are listed, not opened.
 
     Raises UserError: exit code 2 for a missing folder or file and for a file that is not COCO, 1 for
     names that leave the images folder, annotations without a usable box, or categories that disagree.
     """
-    data, path = settings.data, Path(path)
-    if not path.is_dir():
+    data, path = settings.data, plain(path)
+    if kind(path) != FileType.Directory:
         raise UserError(f"There is no folder {path}; data.path must name one with images and COCO files.", 2)
-    images = path / data.images
-    if not images.is_dir():
-        raise UserError(f"There is no images folder {images}; set data.images to its name in {path}.", 2)
-
-    files: dict[str, CocoFile] = {}
-    for split in ("train", "val", "test"):
-        name = getattr(data, split)
-        if (path / name).exists():
-            files[split] = read_coco(path / name, images)
-        elif split == "train":
-            found = sorted(p.name for p in path.glob("*.json"))[:5]
-            hint = f"set data.train to one of {', '.join(found)}" if found else "put a COCO file there"
-            raise UserError(f"There is no annotation file {path / name}; {hint}.", 2)
-        elif name != DataSettings.model_fields[split].default:
-            raise UserError(f"There is no annotation file {path / name}, which data.{split} names.", 2)
+    read = other_layout(path, data)
+    images, files = read(path, settings) if read else _coco_folder(settings, path)
     train = files["train"]
     if not train.boxes:
-        why = f" (the first of {len(train.rejects)}: {train.rejects[0][2]})" if train.rejects else ""
+        first = next(train.rejects(), None)
+        why = f" (the first of {len(train.table)}: {first['reason']})" if first else ""
         raise UserError(f"{train.path} has no box that can be trained on{why}.", 1)
     _check_categories(files)
 
     inputs: dict[str, Any] = {
-        "name": data.name or path.resolve().name,
+        "name": data.name or posixpath.basename(path.rstrip("/") if is_remote(path) else str(Path(path).resolve())),
         "annotations": {split: file.sha256 for split, file in files.items()},
         "images": _listing(images, files),
     }
@@ -136,19 +138,21 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
         )
         files = {split: files[split] for split in ("train", "val", "test") if split in files}
 
-    plans = list(_plans(settings, source, files))
-    done = _run(plans, folder, sum(len(file.images) for file in files.values()))
+    plans = folder / "plans"
+    plans.mkdir(exist_ok=True)
+    shards = []  # (split, plan's file name, images), in order
+    for plan in _plans(settings, source, files):
+        shards.append((plan["split"], f"{plan['path']}.json", len(plan["images"])))
+        (plans / shards[-1][1]).write_text(json.dumps(plan), encoding="utf-8")
+    done = _run(shards, folder)
+    shutil.rmtree(plans)
 
-    annotations_lost = [
-        {"split": split, "file_name": name, "annotation_id": annotation_id, "reason": reason}
-        for split, file in files.items()
-        for name, annotation_id, reason in file.rejects
-    ]
+    annotations_lost = [{"split": split, **reject} for split, file in files.items() for reject in file.rejects()]
     splits: dict[str, dict] = {}
     images_lost: list[dict] = []
     for split, file in files.items():
-        mine = [result for plan, result in zip(plans, done, strict=True) if plan["split"] == split]
-        splits[split] = _split_record(mine, len(file.categories), file.path.name)
+        mine = [result for shard, result in zip(shards, done, strict=True) if shard[0] == split]
+        splits[split] = _split_record(mine, file)
         images_lost += [{"split": split, **reject} for result in mine for reject in result["rejects"]]
         _check_sums(split, file, mine)
     pq.write_table(pa.Table.from_pylist(images_lost + annotations_lost, REJECTS), folder / "rejects.parquet")
@@ -163,7 +167,9 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
         "splits": splits,
         "rejected_images": len(images_lost),
         "rejected_annotations": len(annotations_lost),
-        "source": {"path": str(source.path.resolve()), "images": str(source.images.resolve())},
+        "source": {"path": source.path, "images": source.images},
+        "inputs": source.inputs,
+        "settings": settings.ingest.model_dump(),
     }
     write_json(folder / "dataset.json", dataset)
     _tell(dataset, source, folder)
@@ -216,7 +222,8 @@ def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
         for record in plan["images"]:
             row = _row(record, labels, plan["max_pixels"])
             if isinstance(row, str):
-                result["rejects"].append({"file_name": record["file_name"], "reason": row})
+                lost = {"file_name": record["file_name"], "reason": row, "record": _as_it_was(record)}
+                result["rejects"].append(lost)
                 continue
             rows.append(row)
             _count(result, row)
@@ -235,6 +242,26 @@ def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
     return result
 
 
+def _coco_folder(settings: RunSettings, path: str) -> tuple[str, dict[str, CocoFile]]:
+    """(the folder of the images, the splits) of a folder with COCO files."""
+    data, images = settings.data, join(path, settings.data.images)
+    if kind(images) != FileType.Directory:
+        raise UserError(f"There is no images folder {images}; set data.images to its name in {path}.", 2)
+    files: dict[str, CocoFile] = {}
+    for split in ("train", "val", "test"):
+        name = getattr(data, split)
+        file = join(path, name)
+        if kind(file) != FileType.NotFound:
+            files[split] = read_coco(file, images, settings.ingest.segmentation)
+        elif split == "train":
+            found = sorted(posixpath.basename(name) for name in list_files(path) if name.endswith(".json"))[:5]
+            hint = f"set data.train to one of {', '.join(found)}" if found else "put a COCO file there"
+            raise UserError(f"There is no annotation file {file}; {hint}.", 2)
+        elif name != DataSettings.model_fields[split].default:
+            raise UserError(f"There is no annotation file {file}, which data.{split} names.", 2)
+    return images, files
+
+
 def _plans(settings: RunSettings, source: Source, files: dict[str, CocoFile]) -> Iterator[dict[str, Any]]:
     """The plans of all shards: images in order of id, rows_per_shard each."""
     labels = [category["id"] for category in files["train"].categories]
@@ -249,52 +276,54 @@ def _plans(settings: RunSettings, source: Source, files: dict[str, CocoFile]) ->
                 "images": [
                     {
                         **image,
-                        "path": str(safe_join(source.images.resolve(), image["file_name"])),
-                        "annotations": file.annotations_by_image[image["id"]],
+                        "place": image_place(source.images, image["file_name"]),
+                        "annotations": file.annotations(start + n),
                     }
-                    for image in file.images[start : start + step]
+                    for n, image in enumerate(file.images[start : start + step])
                 ],
             }
 
 
-def _run(plans: list[dict], folder: Path, images: int) -> list[dict]:
-    """Every plan's result, in the order of the plans."""
+def _run(shards: list[tuple[str, str, int]], folder: Path) -> list[dict]:
+    """The result of every shard's plan, in their order."""
     import ray
+    from ray.exceptions import RayTaskError
 
-    target = str(folder.resolve())
+    target = folder.resolve()
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
-        result = write_shard(json.loads(row["plan"]), Path(target))
+        result = write_shard(read_json(target / "plans" / row["plan"]), target)
         return {"number": row["number"], "result": json.dumps(result)}
 
-    # Plans and results travel as text: what Arrow does not know, Ray Data would pickle.
-    rows = [{"number": number, "plan": json.dumps(plan)} for number, plan in enumerate(plans)]
+    # Results travel as text: what Arrow does not know, Ray Data would pickle.
+    rows = [{"number": number, "plan": plan} for number, (_, plan, _) in enumerate(shards)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work)
     dataset.context.enable_progress_bars = False
     done: dict[int, dict] = {}
     with progress() as bar:
-        task = bar.add_task("Reading images", total=images, note="")
-        for row in dataset.iter_rows():
-            done[row["number"]] = json.loads(row["result"])
-            bar.advance(task, len(plans[row["number"]]["images"]))
-    return [done[number] for number in range(len(plans))]
+        task = bar.add_task("Reading images", total=sum(images for *_, images in shards), note="")
+        try:
+            for row in dataset.iter_rows():
+                done[row["number"]] = json.loads(row["result"])
+                bar.advance(task, shards[row["number"]][2])
+        except RayTaskError as error:
+            raise from_task(error) or error from error
+    return [done[number] for number in range(len(shards))]
+
+
+def _as_it_was(record: dict[str, Any]) -> str:
+    """The image of a plan and its annotations as JSON, as the source had them."""
+    annotations = [to_record(annotation, record["id"]) for annotation in record["annotations"]]
+    return json.dumps({"image": image_record(record), "annotations": annotations})
 
 
 def _row(record: dict[str, Any], labels: dict[int, int], max_pixels: int) -> dict[str, Any] | str:
     """The shard's row of one image, or the reason why it is rejected."""
     from detr.transforms import ImageError, decode_image
 
-    path = Path(record["path"])
-    try:
-        if not path.exists():
-            return "there is no such file"
-        if not path.is_file():  # reading a pipe would wait for ever
-            return "it is not a file"
-        if path.stat().st_size > MAX_FILE_BYTES:
-            return f"the file is larger than {MAX_FILE_BYTES >> 20} MiB"
-        data = path.read_bytes()
-    except OSError as error:
-        return f"the file cannot be read ({error.strerror})"
+    data, reason = read_file(record["place"], MAX_FILE_BYTES)
+    if reason is not None:
+        return reason
     try:
         image = decode_image(data, max_pixels)
     except ImageError as error:
@@ -318,6 +347,10 @@ def _row(record: dict[str, Any], labels: dict[int, int], max_pixels: int) -> dic
         "boxes": [a["box"] for a in used],
         "labels": [labels[a["category_id"]] for a in used],
         "annotations": [{name: a[name] for name in ANNOTATION.names} for a in record["annotations"]],
+        "extra": record["extra"],
+        "segmentations": [a["segmentation"] for a in record["annotations"]],
+        "extras": [a["extra"] for a in record["annotations"]],
+        "absent": [a["absent"] for a in record["annotations"]],
     }
 
 
@@ -339,34 +372,33 @@ def _count(result: dict[str, Any], row: dict[str, Any]) -> None:
     result["annotations"] += len(row["annotations"])
     for label in row["labels"]:
         result["per_class"][label] += 1
-    said = {name: value for name, value in row.items() if name not in ("image", "thumbnail")}  # sha256 stands for them
+    said = {name: value for name, value in row.items() if name not in UNSEEN}
     result["digests"].append(digest(said, 64))
 
 
-def _split_record(shards: list[dict], classes: int, annotations_file: str) -> dict[str, Any]:
+def _split_record(shards: list[dict], file: CocoFile) -> dict[str, Any]:
     return {
         # over the rows, so that it does not depend on how many of them a shard holds
         "digest": digest([row for shard in shards for row in shard["digests"]]),
         "images": sum(shard["rows"] for shard in shards),
         "boxes": sum(shard["boxes"] for shard in shards),
-        "per_class": [sum(shard["per_class"][label] for shard in shards) for label in range(classes)],
+        "per_class": [sum(shard["per_class"][label] for shard in shards) for label in range(len(file.categories))],
         "max_objects": max(shard["max_objects"] for shard in shards),
         "shards": [{k: shard[k] for k in ("path", "rows", "bytes")} for shard in shards if shard["rows"]],
-        "annotations_file": annotations_file,
+        "annotations_file": posixpath.basename(str(file.path)),
+        "document": json.dumps(file.document),  # text, since it may hold what is no valid Unicode
     }
 
 
 def _check_sums(split: str, file: CocoFile, shards: list[dict]) -> None:
     """Images and annotations in = in shards + rejected. Anything else is a fault of ours."""
     lost = {reject["file_name"] for shard in shards for reject in shard["rejects"]}
-    kept = [file.annotations_by_image[image["id"]] for image in file.images if image["file_name"] not in lost]
+    kept = np.array([image["file_name"] not in lost for image in file.images])
+    used = np.concatenate([[0], np.cumsum(file.table["reject"].is_null().to_numpy())])[file.starts]
     sums = {
-        "images": (len(file.images) - len(lost), sum(shard["rows"] for shard in shards)),
-        "annotations": (sum(map(len, kept)), sum(shard["annotations"] for shard in shards)),
-        "boxes": (
-            sum(annotation["reject"] is None for annotations in kept for annotation in annotations),
-            sum(shard["boxes"] for shard in shards),
-        ),
+        "images": (kept.sum(), sum(shard["rows"] for shard in shards)),
+        "annotations": (np.diff(file.starts)[kept].sum(), sum(shard["annotations"] for shard in shards)),
+        "boxes": (np.diff(used)[kept].sum(), sum(shard["boxes"] for shard in shards)),
     }
     for what, (expected, written) in sums.items():
         assert written == expected, f"{split}: {expected} {what} to write, {written} written"
@@ -412,16 +444,25 @@ def _check_categories(files: dict[str, CocoFile]) -> None:
                 )
 
 
-def _listing(images: Path, files: dict[str, CocoFile]) -> str:
+def _listing(images: str, files: dict[str, CocoFile]) -> str:
     """Digest of name, size and time of the images named, without opening them."""
     total = hashlib.sha256()
+    remote = list_files(images, recursive=True) if is_remote(images) else None
     for name in sorted({image["file_name"] for file in files.values() for image in file.images}):
-        try:
-            stat = os.stat(images / name)
-            total.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-        except OSError:
-            total.update(f"{name}\0missing\0".encode())
+        total.update(f"{name}\0{_state(images, name, remote)}\0".encode())
     return total.hexdigest()
+
+
+def _state(images: str, name: str, remote: dict[str, FileInfo] | None) -> str:
+    """Size and time of an image, or that it is missing."""
+    if remote is not None:
+        info = remote.get(posixpath.normpath(name))
+        return f"{info.size}\0{info.mtime_ns}" if info else "missing"
+    try:
+        stat = os.stat(os.path.join(images, name))
+    except OSError:
+        return "missing"
+    return f"{stat.st_size}\0{stat.st_mtime_ns}"
 
 
 def _tell(dataset: dict[str, Any], source: Source, folder: Path) -> None:

@@ -22,7 +22,7 @@ from detr.transforms import input_size
 from pipelines.alike import find_alike
 from pipelines.fit import SMALL_SHARE, fit_to_data
 from pipelines.settings import RunSettings, UserError
-from pipelines.shards import flat_values, read_split
+from pipelines.shards import flat_values, parents, read_split
 from pipelines.stage import read_json
 
 # Few-shot benchmarks end at 10 to 30 examples of a class; with fewer, ordinary training hardly finds it.
@@ -106,7 +106,7 @@ def _classes(dataset: dict[str, Any], train: pa.Table) -> Iterator[Finding]:
             ],
             change="Move some of their images to train, or take the classes out of the categories.",
         )
-    image, labels = _parents(train["labels"]), flat_values(train["labels"])
+    image, labels = parents(train["labels"]), flat_values(train["labels"])
     pairs = np.unique(image * len(names) + labels)
     images = np.bincount(pairs % len(names), minlength=len(names))
     if few := [k for k in np.argsort(images, kind="stable").tolist() if 0 < images[k] < MIN_IMAGES]:
@@ -139,7 +139,7 @@ def _small_boxes(dataset: dict[str, Any], train: pa.Table, model: ModelConfig) -
     sizes = np.stack([train["width"].to_numpy(), train["height"].to_numpy()], 1)
     different, which = np.unique(sizes, axis=0, return_inverse=True)
     seen = np.array([input_size(model, *size) for size in different.tolist()])[which]
-    boxes, image = flat_values(train["boxes"]).reshape(-1, 4), _parents(train["boxes"])
+    boxes, image = flat_values(train["boxes"]).reshape(-1, 4), parents(train["boxes"])
     sides = boxes[:, 2:] - boxes[:, :2]
     small = (sides * (seen / sizes)[image]).min(1) < cell
     # model.image_size, and image_max_size in the same proportion, at which each box is as wide as a cell.
@@ -214,11 +214,6 @@ def _lookalikes(splits: dict[str, pa.Table]) -> Iterator[Finding]:
                 which=found,
                 change="Keep images of the same scene in one split: move one of each pair, or take it out.",
             )
-
-
-def _parents(column: pa.ChunkedArray) -> np.ndarray:
-    """The row of each item of a column of lists."""
-    return np.repeat(np.arange(len(column)), pc.list_value_length(column).to_numpy())
 
 
 def _thumbnails(column: pa.ChunkedArray) -> np.ndarray:

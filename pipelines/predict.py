@@ -7,12 +7,10 @@ manifest comes last, and readers read only what it names.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import posixpath
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,11 +22,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.coco import safe_join
+from pipelines.coco import image_place
+from pipelines.json_stream import JsonObject, NotAnObject
 from pipelines.progress import progress
 from pipelines.settings import RunSettings, UserError, digest
 from pipelines.stage import read_json, write_json
-from pipelines.storage import explain, filesystem, is_denied, locate
+from pipelines.storage import explain, filesystem, from_task, is_remote, join, kind, list_files, read_file
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 CHUNK = 256  # images per part file
@@ -57,9 +56,9 @@ def list_images(input: str | Path, settings: RunSettings) -> list[dict[str, Any]
 
     input: a local folder or s3:// prefix (everything below it with an image's extension), one image, a
     text file with a name per line relative to its folder, or a COCO JSON (names relative to
-    `data.images` beside it). key: the name relative to the folder. etag: changes when the file does. A
-    listed name without a file stays in the list, with size 0. Raises UserError (exit code 2) if there is
-    nothing, or a listed name leaves its folder or comes twice.
+    `data.images` beside it); all of them local or on S3. key: the name relative to the folder. etag: changes when
+    the file does. A listed name without a file stays in the list, with size 0. Raises UserError (exit code 2) if
+    there is nothing, or a listed name leaves its folder or comes twice.
     """
     fs, path = filesystem(input)
     extension = posixpath.splitext(path)[1].lower()
@@ -69,12 +68,13 @@ def list_images(input: str | Path, settings: RunSettings) -> list[dict[str, Any]
             raise UserError(f"There is no image below {input} (looked for {', '.join(IMAGE_EXTENSIONS)}).", 2)
     elif extension in IMAGE_EXTENSIONS:
         images = [_entry(posixpath.basename(path), _uri(fs, path), fs.get_file_info(path))]
-    elif fs.type_name == "s3":
-        raise UserError(f"{input} is neither a prefix nor an image; copy a list of names to a local folder.", 2)
-    elif extension == ".json":
-        images = _listed(Path(path), Path(path).parent / settings.data.images, _coco_names(Path(path)))
-    elif extension in (".txt", ".lst"):
-        images = _listed(Path(path), Path(path).parent, _lines(Path(path)))
+    elif extension in (".json", ".txt", ".lst"):
+        listed = _uri(fs, path)
+        folder = posixpath.dirname(listed)
+        if extension == ".json":
+            images = _listed(listed, join(folder, settings.data.images), _coco_names(listed))
+        else:
+            images = _listed(listed, folder, _lines(listed))
     else:
         raise UserError(
             f"{input} is no folder, image, list of names (.txt) or COCO file (.json); give one of these.", 2
@@ -278,12 +278,8 @@ def _detect_all(
     try:
         for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield batch.select(DETECTIONS.names).cast(DETECTIONS)
-    except RayTaskError as error:  # _read's OSError is in its text only
-        causes = re.findall(r"^OSError: (.+)$", str(error), re.MULTILINE)
-        if not causes:
-            raise
-        why = explain(OSError(causes[-1])).rstrip(".")
-        raise UserError(f"Reading the images failed: {why}; what was done is kept, so run it again.") from error
+    except RayTaskError as error:
+        raise from_task(error) or error from error
 
 
 def _read_batch(batch: pa.Table) -> pa.Table:
@@ -292,21 +288,10 @@ def _read_batch(batch: pa.Table) -> pa.Table:
 
 def _read(row: dict[str, Any]) -> tuple[bytes | None, str | None]:
     """(bytes, None), or (None, why not). An object store that does not answer ends the job instead."""
-    fs, path = locate(row["uri"])
-    try:
-        with fs.open_input_file(path) as stream:
-            data = stream.read()
-    except FileNotFoundError:
-        return None, "there is no such file"
-    except OSError as error:
-        if is_denied(error):
-            return None, "access to it is denied"
-        if fs.type_name == "s3":
-            raise
-        return None, f"it cannot be read ({os.strerror(error.errno or errno.EIO)})"
-    if len(data) != row["size"]:
+    data, reason = read_file(row["uri"])
+    if reason is None and len(data) != row["size"]:
         return None, "it changed after it was listed"
-    return data, None
+    return data, reason
 
 
 def _below(fs: pafs.FileSystem, root: str, shown: str) -> list[dict[str, Any]]:
@@ -335,50 +320,62 @@ def _uri(fs: pafs.FileSystem, path: str) -> str:
     return f"s3://{path}" if fs.type_name == "s3" else path
 
 
-def _lines(path: Path) -> Iterable[tuple[str, str]]:
+def _lines(path: str) -> list[tuple[str, str]]:
     """(where, name) of every line that is not empty."""
+    fs, place = filesystem(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with fs.open_input_stream(place) as file:
+            lines = file.read().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file with a name per line (it is not UTF-8).", 2) from error
     return [(f"line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _coco_names(path: Path) -> Iterable[tuple[str, str]]:
+def _coco_names(path: str) -> list[tuple[str, str]]:
     """(where, file_name) of every image of a COCO file; annotations need not be there."""
+    fs, place = filesystem(path)
+    names = None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}.", 2) from error
-    records = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(records, list):
+        with fs.open_input_stream(place) as file:
+            for key, records in JsonObject(file).members():
+                if key != "images" or not isinstance(records, Iterator):
+                    continue
+                names = []
+                for number, record in enumerate(records):
+                    name = record.get("file_name") if isinstance(record, dict) else None
+                    if not isinstance(name, str):
+                        raise UserError(f"{path}: images[{number}] has no file_name.", 2)
+                    names.append((f"images[{number}]", name))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", 2) from error
+    except NotAnObject:
+        names = None
+    if names is None:
         raise UserError(f"{path} is not a COCO file: it has no list `images`.", 2)
-    names = []
-    for number, record in enumerate(records):
-        name = record.get("file_name") if isinstance(record, dict) else None
-        if not isinstance(name, str):
-            raise UserError(f"{path}: images[{number}] has no file_name.", 2)
-        names.append((f"images[{number}]", name))
     return names
 
 
-def _listed(path: Path, root: Path, names: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+def _listed(path: str, root: str, names: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """Entries for names relative to root; UserError says which one leaves it or comes twice."""
-    if not root.is_dir():
+    if kind(root) != pafs.FileType.Directory:
         raise UserError(f"{path} names images in {root}, but there is no such folder.", 2)
-    local = pafs.LocalFileSystem()
+    remote = list_files(root, recursive=True) if is_remote(root) else None  # one by one would take long
     first: dict[str, str] = {}
     images = []
     for where, name in names:
         try:
-            file = safe_join(root, name)
+            file = image_place(root, name)
         except ValueError as error:
             raise UserError(f"{path}, {where}: {name!r} {error}.", 2) from error
         key = posixpath.normpath(name)
         if key in first:
             raise UserError(f"{path}, {where}: {name!r} was named before ({first[key]}); name it once.", 2)
         first[key] = where
-        images.append(_entry(key, str(file), local.get_file_info(str(file))))
+        if remote is None:
+            info = pafs.LocalFileSystem().get_file_info(file)
+        else:
+            info = remote.get(key, pafs.FileInfo(file, pafs.FileType.NotFound))
+        images.append(_entry(key, file, info))
     if not images:
         raise UserError(f"{path} names no image.", 2)
     return images

@@ -20,7 +20,7 @@ from detr.draw import class_colours, draw_truth_and_detections
 from pipelines.evaluate import coco_truth, detections_to_coco, match_detections
 from pipelines.look import Finding
 from pipelines.settings import RunSettings, UserError
-from pipelines.shards import read_split, split_shards
+from pipelines.shards import count_rejects, read_split, split_shards
 from pipelines.stage import read_json
 
 SHOWN, MISTAKES = 12, 8  # pictures
@@ -106,7 +106,7 @@ def report(
         pictures=pictures,
         mistakes=mistakes,
         threshold=threshold,
-        rejects=_rejects(Path(dataset_folder) / "rejects.parquet"),
+        rejects=count_rejects(dataset_folder),
         findings=findings,
         stages=_stages(stages),
         registry=registry,
@@ -304,20 +304,6 @@ def _tiles(metrics, judged, dataset, train_record, past) -> list[dict[str, str]]
         tiles.append({"label": "Training", "value": _seconds(train_record["seconds"]), "note": note})
     tiles.append({"label": "Classes", "value": str(len(dataset["categories"])), "note": f"in {dataset['name']}"})
     return tiles
-
-
-def _rejects(path: Path) -> list[dict[str, Any]]:
-    """Rejects counted by split, kind and reason, most first."""
-    if not path.is_file():
-        return []
-    rows = pq.read_table(path, columns=["split", "annotation_id", "reason"]).to_pylist()
-    kinds = Counter(
-        (row["split"], "image" if row["annotation_id"] is None else "annotation", row["reason"]) for row in rows
-    )
-    return [
-        {"split": split, "kind": kind, "reason": reason, "count": count}
-        for (split, kind, reason), count in kinds.most_common()
-    ]
 
 
 def _stages(stages: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -88,6 +88,7 @@ class SampleSettings(Settings):
 
 class IngestSettings(Settings):
     rows_per_shard: int = Field(256, gt=0)
+    segmentation: bool = Field(True, description="keep the annotations' segmentation (for `detr data --coco`)")
     max_pixels: int = Field(100_000_000, gt=0, description="larger images are rejected before decoding")
     max_reject_fraction: float = Field(0.1, ge=0, le=1, description="more rejected images than this stop the run")
 

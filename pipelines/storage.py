@@ -5,7 +5,10 @@ Credentials, region and endpoint of S3 come from the usual AWS_* variables.
 
 from __future__ import annotations
 
+import errno
 import os
+import posixpath
+import re
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -38,13 +41,58 @@ def locate(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     if not separator:
         return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
     if scheme == "file":
-        return pafs.LocalFileSystem(), unquote(urlsplit(text).path)
+        return pafs.LocalFileSystem(), plain(text)
     if scheme != "s3":
         raise UserError(f"{text} cannot be opened; give a local path or an s3:// URI.", 2)
     path = rest.strip("/")
     if not path:
         raise UserError(f"{text} names no bucket; write s3://BUCKET/PREFIX.", 2)
+    if "//" in path:
+        raise UserError(f"{text} has an empty part (two slashes), which cannot be read here; rename what it names.", 2)
     return _s3(path.partition("/")[0]), path
+
+
+def kind(uri: str | Path) -> pafs.FileType:
+    """NotFound, File or Directory. Raises UserError (exit code 2) where that cannot be known."""
+    try:
+        fs, path = locate(uri)
+        return fs.get_file_info(path).type
+    except OSError as error:
+        raise UserError(f"{uri} cannot be read: {explain(error)}", 2) from error
+
+
+def join(folder: str | Path, name: str) -> str:
+    """`name`, relative to a local folder or s3:// prefix, unless it is an absolute path or a URI itself."""
+    name = plain(name)
+    if is_remote(name) or name.startswith("/"):
+        return name
+    if not is_remote(folder):
+        return str(Path(folder) / name)
+    bucket, _, prefix = str(folder).removeprefix("s3://").partition("/")
+    return f"s3://{bucket}/{posixpath.normpath(posixpath.join(prefix, name))}".removesuffix("/.")
+
+
+def is_remote(uri: str | Path) -> bool:
+    """Whether it is in an object store."""
+    return str(uri).startswith("s3://")
+
+
+def plain(uri: str | Path) -> str:
+    """The path of a file:// URI, whatever else as it is."""
+    text = str(uri)
+    return unquote(urlsplit(text).path) if text.startswith("file://") else text
+
+
+def list_files(uri: str | Path, recursive: bool = False) -> dict[str, pafs.FileInfo]:
+    """The files below a folder or prefix, by their names relative to it. Raises UserError (exit code 2)."""
+    fs, path = filesystem(uri)
+    try:
+        found = fs.get_file_info(pafs.FileSelector(path, recursive=recursive))
+        return {info.path.removeprefix(path).lstrip("/"): info for info in found if info.type == pafs.FileType.File}
+    except OSError as error:
+        raise UserError(f"{uri} cannot be listed: {explain(error)}", 2) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{uri} holds a file whose name is not UTF-8; rename it.", 2) from error
 
 
 def fetch(uri: str | Path, folder: Path) -> Path:
@@ -60,6 +108,37 @@ def fetch(uri: str | Path, folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{uri} cannot be read: {explain(error)}", 2) from error
     return copy
+
+
+def read_file(uri: str | Path, largest: int | None = None) -> tuple[bytes | None, str | None]:
+    """(the bytes of a file, None), or (None, why they cannot be had).
+
+    Raises UserError (exit code 1) where it is the object store that does not answer.
+    """
+    try:
+        fs, path = locate(uri)
+        if fs.type_name == "local":
+            kind = fs.get_file_info(path).type
+            if kind not in (pafs.FileType.File, pafs.FileType.NotFound):  # reading a pipe would wait for ever
+                return None, "it is not a file"
+        with fs.open_input_file(path) as stream:
+            if largest is not None and stream.size() > largest:
+                return None, f"the file is larger than {largest >> 20} MiB"
+            return stream.read(), None
+    except FileNotFoundError:
+        return None, "there is no such file"
+    except OSError as error:
+        if is_denied(error):
+            return None, "access to it is denied"
+        if is_remote(uri):
+            raise UserError(f"{uri} cannot be read: {explain(error)}") from error
+        return None, f"it cannot be read ({os.strerror(error.errno or errno.EIO)})"
+
+
+def from_task(error: Exception) -> UserError | None:
+    """The UserError by which a Ray task ended, which is in the text of Ray's error only."""
+    causes = re.findall(r"UserError: (.+)$", str(error), re.MULTILINE)
+    return UserError(f"{causes[-1].rstrip('.')}; what was done is kept, so run it again.") if causes else None
 
 
 def explain(error: OSError) -> str:

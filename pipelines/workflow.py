@@ -9,15 +9,18 @@ import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.progress import console
 from pipelines.settings import RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, run_stage, write_json
 
+if TYPE_CHECKING:
+    from pipelines.ingest import Source
+
 APPLICATION_VERSION = "1"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
-VERSIONS = {"sample": 1, "ingest": 2, "sweep": 4, "train": 4, "evaluate": 1, "predict": 1, "report": 2}
+VERSIONS = {"sample": 1, "ingest": 3, "sweep": 5, "train": 5, "evaluate": 1, "predict": 1, "report": 2}
 GATE_REFUSED = 3
 
 Record = dict[str, Any]
@@ -31,18 +34,19 @@ def sample_stage(settings: RunSettings, store: Path) -> Record:
                   lambda folder: {**write_sample(settings.sample, folder / "sample"), "folder": "sample"})  # fmt: skip
 
 
-def data_path(settings: RunSettings, store: Path) -> Path:
+def data_path(settings: RunSettings, store: Path) -> Path | str:
     """The COCO folder to work on: the user's, or the built-in one, made if need be."""
     if settings.data.path is not None:
-        return Path(settings.data.path).resolve()  # Ray's workers may be elsewhere
+        path = settings.data.path
+        return path if "://" in path else Path(path).resolve()  # Ray's workers may be elsewhere
     return Path(sample_stage(settings, store)["folder"]) / "sample"
 
 
-def ingest_stage(settings: RunSettings, store: Path) -> Record:
-    """Shards of the data; the record's folder holds dataset.json."""
+def ingest_stage(settings: RunSettings, store: Path, found: Source | None = None) -> Record:
+    """Shards of the data (of what `source` found, if it was asked); the record's folder holds dataset.json."""
     from pipelines.ingest import ingest, source
 
-    found = source(settings, data_path(settings, store))
+    found = found or source(settings, data_path(settings, store))
     return _stage(store, "ingest", settings.ingest.model_dump(), found.inputs,
                   lambda folder: ingest(settings, found, folder))  # fmt: skip
 
@@ -166,21 +170,18 @@ def report_stage(
     return _stage(store, "report", {}, inputs, work)
 
 
-def pipeline(settings: RunSettings, store: Path) -> dict[str, Any]:
-    """All stages, as a durable workflow: the same call after a kill goes on with it.
+def pipeline(settings: RunSettings, store: Path, found: Source) -> dict[str, Any]:
+    """All stages on what `source` found, as a durable workflow: the same call after a kill goes on with it.
 
     Returns {"exit_code", "verdict", "report", "predictions", "stages", ...}; a refused gate ends with exit
     code 3 and predictions by the standing champion. Raises UserError as the stages do.
     """
     from dbos import DBOS, DBOSPortableJSONSerializer
 
-    from pipelines.ingest import source
-
     store = Path(store).resolve()
     store.mkdir(parents=True, exist_ok=True)
     # Other settings, data or stages are another workflow, whose steps are not taken from the ledger of this one.
-    inputs = source(settings, data_path(settings, store)).inputs
-    key = digest([settings.model_dump(mode="json"), APPLICATION_VERSION, VERSIONS, inputs])
+    key = digest([settings.model_dump(mode="json"), APPLICATION_VERSION, VERSIONS, found.inputs])
     failed: list[BaseException] = []
 
     def step(name: str, function: Callable[..., Record], *arguments: Any) -> Record:
@@ -200,7 +201,7 @@ def pipeline(settings: RunSettings, store: Path) -> dict[str, Any]:
     @DBOS.workflow(name="pipeline")
     def run(workflow_key: str) -> dict[str, Any]:
         try:
-            return _run_stages(settings, store, step)
+            return _run_stages(settings, store, found, step)
         except _StageFailed as error:
             return {"error": str(error), "exit_code": error.exit_code}
         except Exception as error:
@@ -245,11 +246,13 @@ class _StageFailed(Exception):
         self.exit_code = exit_code
 
 
-def _run_stages(settings: RunSettings, store: Path, step: Callable[..., Record]) -> dict[str, Any]:
+def _run_stages(
+    settings: RunSettings, store: Path, found: Source, step: Callable[..., Record]
+) -> dict[str, Any]:
     from pipelines.fit import fit_to_data
     from pipelines.registry import registered_name
 
-    data = step("ingest", ingest_stage)
+    data = step("ingest", ingest_stage, found)
     name = registered_name(settings, data["result"]["name"])
     trials = step("sweep", sweep_stage, data)
     if trials["result"]["best"]:
@@ -268,10 +271,8 @@ def _run_stages(settings: RunSettings, store: Path, step: Callable[..., Record])
     champion = verdict["result"]["champion"]
     if champion is not None:
         place, _, _ = download_model(settings, store, data, f"models:/{name}/{champion}")
-        images = str(data_path(settings, store) / (settings.data.test if "test" in splits else settings.data.val))
-        if not Path(images).is_file():  # val was split off train: all images, then
-            images = str(data_path(settings, store) / settings.data.train)
-        predictions = step("predict", predict_stage, images, place, name, champion)
+        images, chosen = _images_to_predict(settings, store, data, splits[-1])
+        predictions = step("predict", lambda _, *rest: predict_stage(chosen, *rest), images, place, name, champion)
     stages = [data, trials, training, *evaluations, version, verdict, *filter(None, [predictions])]
     if settings.data.path is None:
         stages.insert(0, sample_stage(settings, store))
@@ -292,6 +293,25 @@ def _run_stages(settings: RunSettings, store: Path, step: Callable[..., Record])
         "report": page["result"]["report"],
         "stages": [{"stage": s["stage"], "seconds": s["seconds"], "reused": s.get("reused", False)} for s in stages],
     }
+
+
+def _images_to_predict(settings: RunSettings, store: Path, data: Record, split: str) -> tuple[str, RunSettings]:
+    """The images of a split as `list_images` takes them, and the settings to do so."""
+    from pyarrow.fs import FileType
+
+    from pipelines.shards import read_split
+    from pipelines.storage import join, kind
+
+    images = join(data_path(settings, store), getattr(settings.data, split))
+    if kind(images) != FileType.NotFound:
+        return images, settings
+    # Split off train, or no COCO file: a list of the names.
+    folder = Path(data["folder"])
+    names = read_split(folder, split, ["file_name"])["file_name"].to_pylist()
+    listed = folder / f"{split}.images.json"
+    write_json(listed, {"images": [{"file_name": name} for name in names]})
+    source = read_json(folder / "dataset.json")["source"]
+    return str(listed), override_settings(settings, {"data.images": source["images"]})
 
 
 def download_model(settings: RunSettings, store: Path, data: Record, uri: str) -> tuple[Path, str, str]:

@@ -74,7 +74,7 @@ def coco(tmp_path):
     return tmp_path, content
 
 
-@pytest.mark.parametrize("command", ["ingest", "look", "train", "sweep", "pipeline"])
+@pytest.mark.parametrize("command", ["ingest", "data", "train", "sweep", "pipeline"])
 def test_a_missing_folder_is_said_before_any_long_work(command, tmp_path):
     result = detr(command, "--store", str(tmp_path / "store"), f"data.path={tmp_path / 'nowhere'}")
     assert result.exit_code == 2

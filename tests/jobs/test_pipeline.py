@@ -87,7 +87,7 @@ def test_everything_that_was_promised_is_there(killed):
 def test_what_in_the_data_will_hurt_is_said_before_training_and_by_a_command(killed):
     store, _, log = killed
     assert log.count("What in the data will hurt") == 1
-    found, _ = finish(start("look", store, "model.num_queries=4"))
+    found, _ = finish(start("data", store, "model.num_queries=4"))
     few, many = found["findings"]
     assert "fewer than 20 training images" in few["what"] and all(word.endswith("images") for word in few["which"])
     assert many["which"][0].endswith("5 objects") and many["settings"] == ["model.num_queries=10"]

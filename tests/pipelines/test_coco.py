@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.coco import read_coco, safe_join, split_train
@@ -58,15 +60,19 @@ def with_box(*boxes, **fields):
     return content
 
 
+def rejects(coco):
+    return [(row["file_name"], row["annotation_id"], row["reason"]) for row in coco.rejects()]
+
+
 def test_a_good_file(write, tmp_path):
     coco = read_coco(write(GOOD), tmp_path)
     assert [image["id"] for image in coco.images] == [1, 2]
     assert coco.categories == [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}]
-    used, crowd = coco.annotations_by_image[1]
+    used, crowd = coco.annotations(0)
     assert used["box"] == [1, 2, 4.5, 6] and used["bbox"] == [1, 2, 3.5, 4] and used["reject"] is None
     assert crowd["reject"] == "crowd" and crowd["iscrowd"] is True and crowd["box"] is None and crowd["area"] == 9
-    assert coco.rejects == [("sub/a.jpg", 11, "crowd")]
-    assert coco.annotations_by_image[2] == [] and coco.boxes == 1 and coco.clamped == 0
+    assert rejects(coco) == [("sub/a.jpg", 11, "crowd")]
+    assert coco.annotations(1) == [] and coco.boxes == 1 and coco.clamped == 0
 
 
 FAULTS = {
@@ -74,7 +80,7 @@ FAULTS = {
     "cut short": (b'{"images": [\n{"id": 1,', 2, "not JSON.* line 2, column"),
     "not UTF-8": (b'{"images": "\xff\xfe\xfa"}', 2, "not JSON"),
     "an image": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 2, "not JSON"),
-    "too deep": (b"[" * 200_000, 2, "not JSON"),
+    "too deep": (b'{"images": ' + b"[" * 200_000, 2, "not JSON"),
     "endless number": (b'{"images": ' + b"9" * 5000 + b"}", 2, "not JSON"),
     "a list": (b"[]", 2, "holds a list"),
     "null": (b"null", 2, "holds a null"),
@@ -166,7 +172,7 @@ def test_names_that_stay_inside(tmp_path):
 
 def reasons(write, tmp_path, content):
     coco = read_coco(write(content), tmp_path)
-    return [row["reject"] for row in coco.annotations_by_image[2]]
+    return [row["reject"] for row in coco.annotations(1)]
 
 
 @pytest.mark.parametrize(
@@ -185,24 +191,24 @@ def reasons(write, tmp_path, content):
 )
 def test_boxes_that_cannot_be_trained_on_are_kept_with_the_reason(write, tmp_path, box, reason):
     coco = read_coco(write(with_box(box, [1, 1, 5, 5], area=20)), tmp_path)
-    bad, good = coco.annotations_by_image[2]
+    bad, good = coco.annotations(1)
     assert reason in bad["reject"] and bad["box"] is None and good["reject"] is None
-    assert coco.rejects == [("b.jpg", 0, bad["reject"])] and coco.boxes == 1
+    assert rejects(coco) == [("b.jpg", 0, bad["reject"])] and coco.boxes == 1
 
 
 def test_boxes_over_the_edge_are_cut_and_the_source_kept(write, tmp_path):
     boxes = [-5, 40, 20, 20], [0, 0, 100, 50], [-1e307, 0, 1.7e308, 50.5]
     coco = read_coco(write(with_box(*boxes, area=20)), tmp_path)
-    over, exact, huge = coco.annotations_by_image[2]
+    over, exact, huge = coco.annotations(1)
     assert over["box"] == [0, 40, 15, 50] and over["bbox"] == [-5, 40, 20, 20]
     assert exact["box"] == [0, 0, 100, 50] and huge["box"] == [0, 0, 100, 50]
-    assert coco.clamped == 2 and coco.rejects == []
+    assert coco.clamped == 2 and rejects(coco) == []
 
 
 def test_area_is_optional_and_whole_floats_are_whole(write, tmp_path):
     content = with_box([1, 1, 4, 5])
     content["annotations"][0]["image_id"] = 2.0
-    row, = read_coco(write(content), tmp_path).annotations_by_image[2]
+    row, = read_coco(write(content), tmp_path).annotations(1)
     assert row["area"] == 20 and row["iscrowd"] is False
 
 
@@ -212,12 +218,12 @@ def test_dangling_and_repeated_annotations_are_rejected(write, tmp_path):
     content["annotations"][2]["image_id"] = 99
     content["annotations"][3]["category_id"] = 99
     coco = read_coco(write(content), tmp_path)
-    assert [row["reject"] for row in coco.annotations_by_image[2]] == [
+    assert [row["reject"] for row in coco.annotations(1)] == [
         None,
         "the annotation id was used before",
         "there is no category 99",
     ]
-    assert ("", 2, "there is no image 99") in coco.rejects and len(coco.rejects) == 3
+    assert ("", 2, "there is no image 99") in rejects(coco) and len(rejects(coco)) == 3
 
 
 def test_random_damage_never_gives_a_traceback(write, tmp_path):
@@ -283,9 +289,11 @@ def test_split_keeps_lookalikes_together_and_loses_nothing(pictures):
         assert sorted(ids(train) + ids(val)) == list(range(1, 41)) and len(ids(val)) == 10
         for twins in ({1, 2}, {3, 4}):
             assert twins <= set(ids(train)) or twins <= set(ids(val))
-        assert set(train.annotations_by_image) == set(ids(train))
+        for part in (train, val):
+            rows = [row["image_id"] for n in range(len(part.images)) for row in part.annotations(n)]
+            assert rows == ids(part)
         assert train.boxes + val.boxes == coco.boxes
-        assert sorted(train.rejects + val.rejects) == sorted(coco.rejects)
+        assert sorted(rejects(train) + rejects(val)) == sorted(rejects(coco))
         splits.append(tuple(ids(val)))
     assert tuple(ids(split_train(coco, 0.25, 0, root, 10**6)[1])) == splits[0]
     assert len(set(splits)) == 12
@@ -308,3 +316,34 @@ def test_split_of_unreadable_missing_and_lookalike_images(pictures):
         (root / f"{n}.jpg").write_bytes(white.getvalue())
     with pytest.raises(UserError, match="no two different images"):
         split_train(coco, 0.25, 0, root, 10**6)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzzed_files_are_read_or_refused_in_one_sentence(write, tmp_path, data):
+    """Records of a good file with junk for some values, in any order, cut short or with a byte changed."""
+    content = copy.deepcopy(GOOD)
+    for key in data.draw(st.permutations(list(content))):
+        content[key] = content.pop(key)
+        for record in content[key]:
+            for member in data.draw(st.lists(st.sampled_from(sorted(record)), max_size=1)):
+                record[member] = data.draw(JUNK)
+    text = bytearray(json.dumps(content).encode())
+    if data.draw(st.booleans()):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    text = text[: data.draw(st.none() | st.integers(0, len(text)))]
+    try:
+        coco = read_coco(write(bytes(text)), tmp_path)
+    except UserError as error:
+        assert str(error).isprintable() and len(str(error)) < 400
+    else:
+        kept = sum(len(coco.annotations(n)) for n in range(len(coco.images)))
+        loose = sum(row["record"] is not None for row in coco.rejects())
+        assert kept + loose == len(json.loads(text)["annotations"])
+        assert coco.boxes + len(list(coco.rejects())) == kept + loose

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipelines.coco import image_place
 from pipelines.ingest import ingest, source, write_shard
 from pipelines.settings import UserError, override_settings, validate_settings
+from pipelines.shards import to_coco
 from pipelines.stage import read_json
 
 SETTINGS = validate_settings({"ingest": {"rows_per_shard": 4, "max_reject_fraction": 0.5}})
@@ -275,6 +277,18 @@ def refused(folder, match, exit_code, **data):
     assert error.value.exit_code == exit_code and "\n" not in str(error.value)
 
 
+def test_a_file_uri_is_a_path_and_no_way_out(dataset, tmp_path):
+    found = source(SETTINGS, dataset.as_uri())
+    assert found.inputs == source(SETTINGS, dataset).inputs and found.path == str(dataset)
+    (tmp_path / "secret.png").write_bytes((dataset / "images" / "t1.png").read_bytes())
+    for name in ("%2e%2e/%2e%2e/secret.png", "a%20b.png"):  # names, not escapes
+        change(dataset / "instances_train.json", lambda c, name=name: c["images"][0].update(file_name=name))
+        found = source(override_settings(SETTINGS, {"data.images": (dataset / "images").as_uri()}), dataset.as_uri())
+        assert found.images == str(dataset / "images")
+        image = next(image for image in found.files["train"].images if image["file_name"] == name)
+        assert image_place(found.images, name) == str(dataset / "images" / name) and image["width"] == 40
+
+
 def test_what_is_missing_is_named(dataset, tmp_path):
     refused(tmp_path / "none", "There is no folder .*none", 2)
     refused(dataset, "no images folder .*pictures; set data.images", 2, images="pictures")
@@ -304,24 +318,78 @@ def test_annotations_without_a_usable_box_are_refused(dataset):
     refused(dataset, r"train.json has no box that can be trained on \(the first of 20: the box has no area\)", 1)
 
 
+def content(document):
+    """A COCO file's content, whatever the order of images and annotations."""
+    lists = {key: sorted(document[key], key=lambda record: record["id"]) for key in ("images", "annotations")}
+    return {**document, **lists}
+
+
 @pytest.mark.ray
-def test_blood_cells_come_back_as_they_were(ray_cluster, shared_data, tmp_path):
-    settings = validate_settings({"data": {"name": "cells"}})
-    result, record = run(shared_data / "bccd", tmp_path, settings)
-    assert result["images"] == {"train": 205, "val": 87, "test": 72} and result["rejected_images"] == 0
-    assert result["boxes"] == {"train": 2804, "val": 1137, "test": 945} and result["rejected_annotations"] == 2
-    assert [c["name"] for c in record["categories"]] == ["RBC", "WBC", "Platelets"]
-    for split in result["images"]:
-        given = json.loads((shared_data / "bccd" / f"instances_{split}.json").read_text())
-        table = rows(tmp_path, record, split)
+@pytest.mark.parametrize("name,splits", [("bccd", ["train", "val", "test"]), ("coco128", ["train", "val"])])
+def test_annotations_come_back_as_they_were(ray_cluster, shared_data, tmp_path, name, splits):
+    """Polygons, crowds, boxes without area; of coco128 val is a copy of train."""
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "images").symlink_to(shared_data / name / "images")
+    for split in splits:
+        source_file = shared_data / name / f"instances_{split}.json"
+        source_file = source_file if source_file.exists() else shared_data / name / "instances_train.json"
+        shutil.copy(source_file, folder / f"instances_{split}.json")
+    result, _ = run(folder, tmp_path / "out", validate_settings({}))
+    assert result["rejected_images"] == 0 and result["rejected_annotations"] == (2 if name == "bccd" else 20)
+    for split in splits:
+        given = json.loads((folder / f"instances_{split}.json").read_text())
+        assert content(to_coco(tmp_path / "out", split)) == content(given)
+        # and by pyarrow alone
+        shards = sorted((tmp_path / "out").glob(f"{split}-*.parquet"))
+        table = [row for path in shards for row in pq.read_table(path).to_pylist()]
         assert [row["image_id"] for row in table] == sorted(image["id"] for image in given["images"])
         back = {a["id"]: (row["image_id"], a) for row in table for a in row["annotations"]}
-        assert len(back) == len(given["annotations"])
         for annotation in given["annotations"]:
-            image_id, kept = back[annotation["id"]]
+            image_id, kept = back.pop(annotation["id"])
             assert image_id == annotation["image_id"] and kept["bbox"] == annotation["bbox"]
             assert kept["category_id"] == annotation["category_id"] and kept["area"] == annotation["area"]
+            assert kept["iscrowd"] == bool(annotation.get("iscrowd", 0))
             assert (kept["reject"] == "the box has no area") == (0 in annotation["bbox"][2:])
+        assert not back
+
+
+@pytest.mark.ray
+def test_what_is_rejected_and_what_is_odd_comes_back_too(ray_cluster, dataset, tmp_path):
+    break_things(dataset)
+
+    def edit(content):
+        content["info"], content["licenses"], content["more"] = {"year": 2026}, [{"id": 1}], 4
+        content["images"][0] |= {"license": 1, "coco_url": "http://example.com/ü"}
+        content["categories"][0]["supercategory"] = "animal"
+        box, *others = content["annotations"]
+        box |= {"segmentation": [[1, 1.5, 3, 4, 5, 6]], "score": 0.5, "attributes": {"a": [None]}}
+        others[0] |= {"iscrowd": 1, "segmentation": {"counts": "abc", "size": [30, 40]}}
+        del others[1]["area"]
+        others[2] |= {"area": None, "iscrowd": None}
+        others[3]["bbox"] = [1, 2, 10**400, 4]
+        others[4]["category_id"] = 99
+        others[5]["id"] = others[6]["id"]
+
+    change(dataset / "instances_train.json", edit)
+    run(dataset, tmp_path / "out", override_settings(SETTINGS, {"ingest.max_reject_fraction": 1}))
+    given = json.loads((dataset / "instances_train.json").read_text())
+    back = to_coco(tmp_path / "out", "train")
+    for document in (given, back):  # two have one id
+        document["annotations"] = sorted(map(json.dumps, [dict(sorted(a.items())) for a in document["annotations"]]))
+    assert back["annotations"] == given["annotations"]
+    given["annotations"] = back["annotations"] = []
+    assert content(back) == content(given)
+
+
+@pytest.mark.ray
+def test_segmentation_is_left_out_when_not_wanted(ray_cluster, dataset, tmp_path):
+    change(dataset / "instances_train.json", lambda c: c["annotations"][0].update(segmentation=[[1, 1, 3, 4, 5, 6]]))
+    for keep in (True, False):
+        out = tmp_path / str(keep)
+        result, _ = run(dataset, out, override_settings(SETTINGS, {"ingest.segmentation": keep}))
+        assert sum("segmentation" in a for a in to_coco(out, "train")["annotations"]) == keep
+        assert result["boxes"] == {"train": 20, "val": 6}
 
 
 @pytest.mark.ray

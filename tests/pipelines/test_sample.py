@@ -48,12 +48,12 @@ def test_it_is_a_coco_folder_without_a_fault(folder):
     ids = []
     for split, count in (("train", 30), ("val", 8), ("test", 5)):
         coco = read_coco(folder / f"instances_{split}.json", folder / "images")
-        assert len(coco.images) == count and coco.rejects == [] and coco.clamped == 0
+        assert len(coco.images) == count and not list(coco.rejects()) and coco.clamped == 0
         assert coco.categories == [{"id": d + 1, "name": str(d)} for d in range(10)]
-        for image in coco.images:
+        for position, image in enumerate(coco.images):
             assert Image.open(folder / "images" / image["file_name"]).size == (image["width"], image["height"])
             assert 96 <= max(image["width"], image["height"]) <= 160
-            rows = coco.annotations_by_image[image["id"]]
+            rows = coco.annotations(position)
             assert len(rows) <= 5
             for row in rows:
                 x, y, w, h = row["bbox"]

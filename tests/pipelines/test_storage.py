@@ -1,6 +1,7 @@
 """Local paths and s3:// URIs, and what is said when they cannot be opened."""
 
 import http.server
+import os
 import threading
 
 import pyarrow.fs as pafs
@@ -8,7 +9,7 @@ import pytest
 
 from pipelines import storage
 from pipelines.settings import UserError
-from pipelines.storage import _s3, fetch, filesystem
+from pipelines.storage import _s3, fetch, filesystem, from_task, join, kind, list_files, read_file
 
 
 @pytest.fixture
@@ -88,3 +89,54 @@ def test_what_is_local_is_used_where_it_is_and_what_is_not_is_copied(tmp_path, m
     assert fetch("s3://bucket/w.pth", place).read_bytes() == b"weights"
     assert (fetch("s3://bucket/best", place) / "config.json").read_text() == "{}"
     assert sorted(p.name for p in place.iterdir()) == ["best", "w.pth"]
+
+
+@pytest.mark.parametrize(
+    "folder,name,place",
+    [
+        ("/data", "images", "/data/images"),
+        ("/data", "/photos", "/photos"),
+        ("/data", "file:///a%20b", "/a b"),
+        ("/data", "s3://bucket/x", "s3://bucket/x"),
+        ("s3://bucket/data/", "images", "s3://bucket/data/images"),
+        ("s3://bucket/data", ".", "s3://bucket/data"),
+        ("s3://bucket", ".", "s3://bucket"),
+        ("s3://bucket/data", "../photos", "s3://bucket/photos"),
+        ("s3://bucket/data", "/photos", "/photos"),
+    ],
+)
+def test_names_are_joined_to_folders_and_prefixes(folder, name, place):
+    assert join(folder, name) == place
+
+
+def test_what_cannot_be_asked_is_one_sentence(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="has an empty part"):
+        kind("s3://bucket//images")
+
+    def no_network(bucket):
+        raise OSError("When resolving region for bucket: curlCode: 6, Couldn't resolve host name")
+
+    monkeypatch.setattr(storage, "_s3", no_network)
+    for ask in (kind, filesystem, list_files, read_file):
+        with pytest.raises(UserError, match="s3://bucket/x cannot be read: the object store does not answer"):
+            ask("s3://bucket/x")
+    (tmp_path / "f").write_bytes(b"")
+    os.rename(os.fsencode(tmp_path / "f"), os.fsencode(tmp_path) + b"/\xff")
+    with pytest.raises(UserError, match="not UTF-8; rename it"):
+        list_files(tmp_path)
+
+
+def test_the_reason_of_a_task_is_found_in_rays_text():
+    text = "ray::map() (pid=1)\n  File x\npipelines.settings.UserError: s3://b/a.jpg cannot be read: it is away.\n"
+    error = from_task(RuntimeError(text))
+    assert str(error) == "s3://b/a.jpg cannot be read: it is away; what was done is kept, so run it again."
+    assert from_task(RuntimeError("KeyError: 1")) is None
+
+
+def test_a_file_that_cannot_be_read_has_a_reason(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_file(tmp_path / "a") == (b"12345", None)
+    assert read_file(tmp_path / "a", 4) == (None, "the file is larger than 0 MiB")
+    assert read_file(tmp_path / "none") == (None, "there is no such file")
+    assert read_file(tmp_path / "pipe")[1] == read_file(tmp_path)[1] == "it is not a file"

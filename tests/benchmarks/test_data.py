@@ -1,0 +1,38 @@
+"""benchmarks/feed.py and ingest.py at a tiny size: every side gives images, and what is told is what was done."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> dict:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.ray
+def test_feed_measures_every_side(tmp_path):
+    found = run("feed.py", "--images", "8", "--rounds", "1", "--seconds", "0.5", "--workers", "2")
+    assert found["sides"].keys() == {"ours", "DataLoader, PIL", "DataLoader, uint8"}
+    assert all(side[0]["images_per_second"] > 0 for side in found["sides"].values()) and found["ratio_to_PIL"] > 0
+
+
+@pytest.mark.ray
+def test_ingest_measures_what_it_ingested():
+    found = run("ingest.py", "--images", "20")
+    (row,) = found["runs"]
+    assert row["images"] == 21  # and one of val
+    assert row["seconds"] > 0 and row["read"] > 0 and row["worker_MiB"] > 0
+
+
+def test_a_made_annotation_file_is_read_whole():
+    found = run("ingest.py", "--annotations", "30")
+    assert found["boxes"] == 210 and found["peak_MiB"] >= found["before_MiB"] > 0

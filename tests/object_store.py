@@ -1,0 +1,127 @@
+"""A real S3-compatible object store for tests: OpenStack Swift with its s3api, on loopback."""
+from __future__ import annotations
+
+import getpass
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
+SERVERS = ("account", "container", "object")
+PIPELINE = "catch_errors gatekeeper healthcheck listing_formats bulk s3api tempauth slo dlo proxy-server"
+
+
+class ObjectStore:
+    """Start with `with ObjectStore(folder) as store`; store.endpoint is what AWS_ENDPOINT_URL must be.
+
+    The folder's file system must have user xattrs: `unfit` says what is amiss, or gives None.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.processes: list[subprocess.Popen] = []
+        self.ports = {name: _free_port() for name in (*SERVERS, "proxy")}
+        self.endpoint = f"http://127.0.0.1:{self.ports['proxy']}"
+
+    @staticmethod
+    def unfit(folder: Path) -> str | None:
+        if importlib.util.find_spec("swift") is None:
+            return "Swift is not installed, which is for Linux alone"
+        probe = folder / "xattr"
+        probe.write_bytes(b"")
+        try:
+            os.setxattr(probe, "user.swift", b"1")
+        except OSError as error:
+            return f"{folder} has no user xattrs, which Swift needs ({error.strerror})"
+        return None
+
+    def __enter__(self) -> ObjectStore:
+        from swift.common.ring import RingBuilder
+
+        (self.folder / "disk" / "d1").mkdir(parents=True)
+        self._write("swift.conf", "[swift-hash]\nswift_hash_path_suffix = a\nswift_hash_path_prefix = b\n"
+                    "[storage-policy:0]\nname = one\ndefault = yes\n")  # fmt: skip
+        for name in SERVERS:
+            builder = RingBuilder(6, 1, 1)
+            builder.add_dev({"id": 0, "region": 1, "zone": 1, "weight": 1, "ip": "127.0.0.1", "device": "d1",
+                             "port": self.ports[name], "replication_ip": "127.0.0.1",
+                             "replication_port": self.ports[name], "meta": ""})  # fmt: skip
+            builder.rebalance()
+            builder.get_ring().save(str(self.folder / f"{name}.ring.gz"))
+            self._write(f"{name}.conf", self._default(name) + f"devices = {self.folder / 'disk'}\nmount_check = false\n"
+                        f"[pipeline:main]\npipeline = {name}-server\n"
+                        f"[app:{name}-server]\nuse = egg:swift#{name}\n")  # fmt: skip
+        filters = [n for n in PIPELINE.split() if n not in ("tempauth", "s3api", "proxy-server")]
+        self._write("proxy.conf", self._default("proxy") + f"[pipeline:main]\npipeline = {PIPELINE}\n"
+                    "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
+                    "[filter:s3api]\nuse = egg:swift#s3api\nlocation = us-east-1\n"
+                    f"[filter:tempauth]\nuse = egg:swift#tempauth\nuser_test_tester = {SECRET_KEY} .admin\n"
+                    + "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in filters))  # fmt: skip
+        for name in (*SERVERS, "proxy"):
+            self._start(name)
+        self._wait()
+        return self
+
+    def __exit__(self, *error) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def _default(self, name: str) -> str:
+        return (
+            f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {self.ports[name]}\nworkers = 0\nuser = {getpass.getuser()}\n"
+            f"swift_dir = {self.folder}\nlog_level = ERROR\nlog_address = {self.folder / 'no-syslog'}\n"
+        )
+
+    def _write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    def _start(self, name: str) -> None:
+        module = "obj" if name == "object" else name
+        code = f"import sys; from swift.{module}.server import main; sys.exit(main())"
+        with (self.folder / f"{name}.log").open("wb") as log:
+            command = [sys.executable, "-W", "ignore", "-c", code, str(self.folder / f"{name}.conf")]
+            self.processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+
+    def _wait(self, seconds: float = 60) -> None:
+        """Until it answers and takes a bucket."""
+        deadline = time.monotonic() + seconds
+        client = self.client()
+        while True:
+            try:
+                client.create_bucket(Bucket="ready")
+                return
+            except Exception as error:
+                if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
+                    logs = "\n".join(f"{p.name}: {p.read_text()[-2000:]}" for p in self.folder.glob("*.log"))
+                    raise RuntimeError(f"Swift did not start: {error}\n{logs}") from error
+                time.sleep(0.3)
+
+    def client(self):
+        """A boto3 client of it."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3", endpoint_url=self.endpoint, aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1", config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1}),
+        )  # fmt: skip
+
+    def upload(self, folder: Path, bucket: str, prefix: str = "") -> None:
+        """Everything below a folder into a new bucket."""
+        client = self.client()
+        client.create_bucket(Bucket=bucket)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                client.upload_file(str(path), bucket, f"{prefix}{path.relative_to(folder).as_posix()}")
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
