@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +220,7 @@ def main(data, images, rounds, seconds, workers, epochs, as_json, side, folder, 
         from jobs.common import ray_session
 
         torch.set_num_threads(1)
-        with ray_session(RunSettings()):
+        with ray_session(RunSettings()) if side == OURS else nullcontext():
             if epochs:
                 result = {"mebibytes": memory_over_epochs(dataset, epochs, workers)}
             else:
