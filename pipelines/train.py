@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -193,19 +194,21 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
             rate, images = optimizer.param_groups[0]["lr"], options.batch_size * workers
             log.step(step, budget.steps, budget.share(step), losses, norm, rate, images)
             if budget.validation_is_due(step):
-                metrics = {"AP": 0.0, "AP50": 0.0}
-                if rank == 0:
-                    size = settings.evaluate.batch_size
-                    detector = Detector(ema.module, dataset["categories"], batch_size=size, device=device)
-                    metrics = validate(detector, dataset, dataset_folder, settings)
-                    log.validation(step, metrics)
-                    better = metrics["AP"] > state["best_AP"] or step <= budget.full_from  # it measures at full size
-                    state["stale"] = 0 if better else state["stale"] + 1
-                    if metrics["AP"] >= state["best_AP"]:
-                        state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
-                if options.patience:
-                    state["stale"] = of_first_worker(state["stale"])
-                _report(rank, model, ema, optimizer, state, metrics, dataset, settings)
+                with log.paused():
+                    metrics = {"AP": 0.0, "AP50": 0.0}
+                    if rank == 0:
+                        size = settings.evaluate.batch_size
+                        detector = Detector(ema.module, dataset["categories"], batch_size=size, device=device)
+                        metrics = validate(detector, dataset, dataset_folder, settings)
+                        log.validation(step, metrics)
+                        first = step <= budget.full_from  # AP is of full size, which it has not seen yet
+                        better = first or metrics["AP"] > state["best_AP"]
+                        state["stale"] = 0 if better else state["stale"] + 1
+                        if metrics["AP"] >= state["best_AP"]:
+                            state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
+                    if options.patience:
+                        state["stale"] = of_first_worker(state["stale"])
+                    _report(rank, model, ema, optimizer, state, metrics, dataset, settings)
     finally:
         batches.close()
     return {
@@ -440,7 +443,13 @@ class _Log:
         numbers = {f"val/{k}": v for k, v in metrics.items() if k.startswith("A") and v is not None}
         per_class = {f"val/AP/{c['name']}": c["AP"] for c in metrics["per_class"] if c["AP"] is not None}
         self._track({**numbers, **per_class}, step)
-        self.since = time.monotonic()  # time spent validating is no training time
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is no training, and does not count in images per second."""
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
 
     def images_per_second(self) -> float:
         return round(float(np.median(self.rates)), 2) if self.rates else 0.0

@@ -174,6 +174,20 @@ def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_pa
 
 
 @pytest.mark.ray
+def test_time_spent_measuring_ap_is_no_training_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    log = module._Log(tmp_path / "progress.jsonl", None, "", active=False)
+    one = torch.tensor(1.0)
+    for step in range(1, 61):
+        now[0] += 0.5
+        log.step(step, 100, None, {"loss": one}, one, 1e-3, 8)
+        if step in (20, 37):  # where the log has just been written, and in between
+            with log.paused():
+                now[0] += 1000
+    assert log.rates == [16.0] * 3
+
+
 def test_patience_ends_a_training_that_gets_no_better(tmp_path, ray_cluster):
     """Weights that do not move: no validation is better than the first."""
     settings = override_settings(RunSettings(), {
