@@ -64,8 +64,11 @@ def test_the_truth_given_to_faster_rcnn_comes_back_as_ap_1(dataset):
         torch.testing.assert_close(back, boxes)
 
     def oracle(images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        known = {image.numpy().tobytes(): target for image, target in zip(pixels, targets, strict=True)}
-        found = [known[image.numpy().tobytes()] for image in images]
+        found = []
+        for image in images:  # resized by PIL, a grey level or two apart from the feed's
+            same = [pixel.shape == image.shape and bool((pixel - image).abs().max() < 0.01) for pixel in pixels]
+            assert sum(same) == 1
+            found.append(targets[same.index(True)])
         return [{**target, "scores": torch.ones(len(target["labels"]))} for target in found]
 
     detector = learning.FasterRCNNDetector(oracle, config, 3, CPU)

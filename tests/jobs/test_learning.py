@@ -1,4 +1,4 @@
-"""At full size: the small preset learns the built-in images from random weights (make test-all)."""
+"""At full size: the tiny preset learns the built-in images from random weights (make test-all)."""
 from __future__ import annotations
 
 import json
@@ -21,4 +21,4 @@ def test_the_built_in_images_are_learnt_in_a_thousand_steps(tmp_path):
     )  # fmt: skip
     result = json.loads(done.stdout)
     print(f"AP {result['AP']:.3f}, AP50 {result['AP50']:.3f}, {result['images_per_second']} images/s")
-    assert result["AP"] > 0.42 and result["AP50"] > 0.72
+    assert result["AP"] > 0.6 and result["AP50"] > 0.88  # 700 steps in a bare loop: 0.66 and 0.92
