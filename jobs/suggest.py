@@ -21,10 +21,10 @@ def main(settings, store: Path) -> dict:
     found = source(settings, data_path(settings, store))
     with ray_session(settings):
         data = ingest_stage(settings, store, found)
-        found = suggest(settings, Path(data["folder"]), uses_gpu(settings))
+        advice = suggest(settings, Path(data["folder"]), uses_gpu(settings))
     page = Console(file=io.StringIO(), width=shutil.get_terminal_size((120, 24)).columns)
-    page.print(suggestion_table(found))
-    return {**found, "text": f"{page.file.getvalue().rstrip()}\nAdd to your command: {' '.join(found['settings'])}"}
+    page.print(suggestion_table(advice))
+    return {**advice, "text": f"{page.file.getvalue().rstrip()}\nAdd to your command: {' '.join(advice['settings'])}"}
 
 
 if __name__ == "__main__":

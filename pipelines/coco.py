@@ -31,6 +31,7 @@ from pipelines.progress import track
 from pipelines.settings import UserError
 from pipelines.storage import explain, is_remote, kind, locate, read_file
 
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 LARGEST_ID = 2**63 - 1
 LARGEST_SIDE = 2**31 - 1
 BATCH = 4096  # annotations that are Python objects at a time

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from pyarrow.fs import FileType
 
-from pipelines.coco import CocoFile, coco_from
+from pipelines.coco import IMAGE_EXTENSIONS, CocoFile, coco_from
 from pipelines.progress import console, track
 from pipelines.settings import DataSettings, RunSettings, UserError
 from pipelines.storage import explain, is_denied, is_remote, join, kind, list_files, locate, read_file
@@ -22,7 +22,6 @@ from pipelines.storage import explain, is_denied, is_remote, join, kind, list_fi
 READERS = 16  # files read at a time
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}  # what the splits are called
 YOLO_NAMES = ("data.yaml", "data.yml", "classes.txt", "obj.names")
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def other_layout(path: str, data: DataSettings) -> Callable[[str, RunSettings], tuple[str, dict[str, CocoFile]]] | None:
@@ -269,7 +268,7 @@ def _yolo_images(path: str, file: str, place: Any, everything: dict[str, Any]) -
             yield from (inside(line) for line in _text(join(path, name)).splitlines() if line.strip())
         else:
             start = f"{name}/" if name else ""
-            yield from (n for n in everything if n.startswith(start) and n.lower().endswith(IMAGES))
+            yield from (n for n in everything if n.startswith(start) and n.lower().endswith(IMAGE_EXTENSIONS))
 
 
 def _label_file(name: str) -> str:

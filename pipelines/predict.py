@@ -22,14 +22,13 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.coco import image_place
+from pipelines.coco import IMAGE_EXTENSIONS, image_place
 from pipelines.json_stream import JsonObject, NotAnObject
 from pipelines.progress import progress
 from pipelines.settings import RunSettings, UserError, digest
 from pipelines.stage import read_json, write_json
-from pipelines.storage import explain, filesystem, from_task, is_remote, join, kind, list_files, read_file
+from pipelines.storage import filesystem, from_task, is_remote, join, kind, list_files, read_file
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 CHUNK = 256  # images per part file
 READERS = 8  # images read or decoded at a time by one process
 
@@ -63,7 +62,8 @@ def list_images(input: str | Path, settings: RunSettings) -> list[dict[str, Any]
     fs, path = filesystem(input)
     extension = posixpath.splitext(path)[1].lower()
     if fs.get_file_info(path).type == pafs.FileType.Directory:
-        images = _below(fs, path, str(input))
+        found = list_files(input, recursive=True).items()
+        images = [_entry(n, _uri(fs, info.path), info) for n, info in found if n.lower().endswith(IMAGE_EXTENSIONS)]
         if not images:
             raise UserError(f"There is no image below {input} (looked for {', '.join(IMAGE_EXTENSIONS)}).", 2)
     elif extension in IMAGE_EXTENSIONS:
@@ -292,18 +292,6 @@ def _read(row: dict[str, Any]) -> tuple[bytes | None, str | None]:
     if reason is None and len(data) != row["size"]:
         return None, "it changed after it was listed"
     return data, reason
-
-
-def _below(fs: pafs.FileSystem, root: str, shown: str) -> list[dict[str, Any]]:
-    try:
-        found = fs.get_file_info(pafs.FileSelector(root, recursive=True))
-    except OSError as error:
-        raise UserError(f"{shown} cannot be listed: {explain(error)}", 2) from error
-    return [
-        _entry(info.path.removeprefix(root).lstrip("/"), _uri(fs, info.path), info)
-        for info in found
-        if info.type == pafs.FileType.File and info.path.lower().endswith(IMAGE_EXTENSIONS)
-    ]
 
 
 def _entry(key: str, uri: str, info: pafs.FileInfo) -> dict[str, Any]:

@@ -118,8 +118,8 @@ def read_file(uri: str | Path, largest: int | None = None) -> tuple[bytes | None
     try:
         fs, path = locate(uri)
         if fs.type_name == "local":
-            kind = fs.get_file_info(path).type
-            if kind not in (pafs.FileType.File, pafs.FileType.NotFound):  # reading a pipe would wait for ever
+            info = fs.get_file_info(path)
+            if info.type not in (pafs.FileType.File, pafs.FileType.NotFound):  # reading a pipe would wait for ever
                 return None, "it is not a file"
         with fs.open_input_file(path) as stream:
             if largest is not None and stream.size() > largest:
