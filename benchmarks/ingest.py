@@ -5,9 +5,10 @@
     python benchmarks/ingest.py --data path/to/coco --images 20000
     python benchmarks/ingest.py --annotations 118000
 
-The images are those of --data (train; 640x480 photographs by default), repeated under new names and ids as often as
-need be. Beside the whole ingest stands what the machine does at the least: reading the files, and decoding them, in as
-many processes as there are cores. --annotations reads an annotation file alone, as large as COCO's own would be with
+The images are those of --data (train; 640x480 photographs by default), copied under new names and ids as often as need
+be. Beside the whole ingest stands what the machine does at the least: reading the files, and decoding them, in as many
+processes as there are cores. Before each of these the files are dropped from the system's cache, as far as it does so
+when asked. --annotations reads an annotation file alone, as large as COCO's own would be with
 that many images: seven boxes with polygons of 30 corners in each.
 """
 from __future__ import annotations
@@ -39,7 +40,7 @@ BOXES, CORNERS = 7, 30  # of an image in a made annotation file
 
 
 def repeat(data: Path, folder: Path, images: int) -> None:
-    """A COCO folder of so many images: those of `data`, again and again under new names, as links to the same files."""
+    """A COCO folder of so many images: those of `data`, again and again, copied under new names."""
     content = json.loads((data / "instances_train.json").read_text())
     (folder / "images").mkdir(parents=True)
     by_image: dict[int, list] = {image["id"]: [] for image in content["images"]}
@@ -49,7 +50,7 @@ def repeat(data: Path, folder: Path, images: int) -> None:
     for n in range(images):
         image = content["images"][n % len(content["images"])]
         name = f"{n:08d}{Path(image['file_name']).suffix}"
-        os.link(data / "images" / image["file_name"], folder / "images" / name)
+        shutil.copyfile(data / "images" / image["file_name"], folder / "images" / name)
         records.append({**image, "id": n, "file_name": name})
         annotations += [{**a, "id": len(annotations) + k, "image_id": n} for k, a in enumerate(by_image[image["id"]])]
     train = {**content, "images": records, "annotations": annotations}
@@ -83,6 +84,13 @@ def read(path: Path) -> int:
 
 def decode(path: Path) -> int:
     return decode_image(path.read_bytes(), 10**8).width
+
+
+def drop_from_cache(paths: list[Path]) -> None:
+    os.sync()  # what is not written yet is not dropped
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def in_processes(work, paths: list[Path]) -> float:
@@ -170,7 +178,11 @@ def main(data, sizes, annotations, as_json, side, folder, files):
             folder = place / str(images)
             repeat(data, folder, images)
             paths = sorted((folder / "images").iterdir())
-            row = {"read": images / in_processes(read, paths), "decoded": images / in_processes(decode, paths)}
+            drop_from_cache(paths)
+            row = {"read": images / in_processes(read, paths)}
+            drop_from_cache(paths)
+            row["decoded"] = images / in_processes(decode, paths)
+            drop_from_cache(paths)
             found.append(row | run_side("ingest", place / "run" / str(images), False, ["--files", str(folder)]))
             shutil.rmtree(folder)
             shutil.rmtree(place / "run" / str(images))

@@ -7,6 +7,7 @@ tensors [3, H, W], which are resized several times as fast (a grey level apart a
 """
 from __future__ import annotations
 
+import functools
 import io
 import math
 import struct
@@ -26,6 +27,8 @@ from detr.config import ModelConfig
 
 Picture = Image.Image | torch.Tensor
 Target = dict[str, Any]
+# Of what Pillow opens: no others, some of which decode before their size can be asked, or start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 PER_OBJECT = ("boxes", "labels", "area", "iscrowd", "masks")
 
 
@@ -46,7 +49,7 @@ def decode_image(data: bytes, max_pixels: int, at_least: tuple[int, int] | None 
         with warnings.catch_warnings():
             # Pillow's own limit only warns at the size we check ourselves, before decoding.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_formats())
             width, height = image.size
             if width < 1 or height < 1:
                 raise ImageError(f"its size is {width}x{height}")
@@ -71,6 +74,13 @@ def decode_image(data: bytes, max_pixels: int, at_least: tuple[int, int] | None 
     ) as error:  # fmt: skip
         # What Pillow's format plugins raise on damaged files.
         raise ImageError(f"it cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Of FORMATS those that this Pillow has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def size_of(image: Picture) -> tuple[int, int]:
@@ -110,11 +120,11 @@ def resized_size(width: int, height: int, size: int, max_size: int | None = None
     """(width, height) after the shorter side becomes `size` with the longer at most `max_size`.
 
     The official rule: when the longer side would be too long, size = round(max_size * short / long)
-    (Python's rounding); the other side is truncated.
+    (Python's rounding); the other side is truncated. No side is less than a pixel, however long the other.
     """
     short, long = min(width, height), max(width, height)
     if max_size is not None and long / short * size > max_size:
-        size = round(max_size * short / long)
+        size = max(1, round(max_size * short / long))
     if short == size:
         return width, height
     if width < height:
@@ -275,13 +285,15 @@ TRAIN_SIZES = tuple(range(480, 801, 32))
 
 
 def augment_detr(
-    image: Picture, target: Target, rng: np.random.Generator, max_size: int
-) -> tuple[Picture, Target]:
+    image: Picture, target: Target, rng: np.random.Generator, max_size: int, *, horizontal: bool = True,
+    vertical: bool = False,
+) -> tuple[Picture, Target]:  # fmt: skip
     """The published training recipe: flip, then resize, or resize, crop and resize.
 
-    As published, sizes are those of 800-pixel training whatever the model's own input size.
+    As published, sizes are those of 800-pixel training whatever the model's own input size. horizontal and vertical:
+    which flips are allowed, as published only the first.
     """
-    image, target = random_hflip(image, target, rng)
+    image, target = random_flips(image, target, rng, horizontal=horizontal, vertical=vertical)
     if rng.random() < 0.5:
         image, target = random_resize(image, target, rng, (400, 500, 600))
         image, target = random_size_crop(image, target, rng, 384, 600)

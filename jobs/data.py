@@ -44,7 +44,7 @@ def main(settings, store: Path, split: str, images: int, coco: str | None, outpu
             written[-1].write_text(json.dumps(to_coco(folder, split)), encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{written[-1]} cannot be written: {error}.", 2) from error
-    page = Console(file=io.StringIO(), width=shutil.get_terminal_size((120, 24)).columns)
+    page = Console(file=io.StringIO(), markup=False, width=shutil.get_terminal_size((120, 24)).columns)
     for table in description_tables(shown):
         page.print(table)
     page.print(findings_table(findings) if findings else "Nothing in the data looks as if it would hurt.")

@@ -150,6 +150,15 @@ def _whole(steps: float) -> int:
     return max(1, int(steps))
 
 
+def sum_over_workers(values: list[int]) -> list[int]:
+    """Sums of the workers' numbers, on all workers, every one of which has to ask."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, values)
+    return [sum(numbers) for numbers in zip(*gathered, strict=True)]
+
+
 def of_first_worker(value: Any) -> Any:
     """The first worker's value, on all workers, every one of which has to ask."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

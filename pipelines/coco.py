@@ -28,12 +28,15 @@ from pyarrow.fs import FileType
 from pipelines.alike import find_alike, thumbnail
 from pipelines.json_stream import JsonObject, NotAnObject
 from pipelines.progress import track
-from pipelines.settings import UserError
+from pipelines.settings import IngestSettings, UserError
 from pipelines.storage import explain, is_remote, kind, locate, read_file
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 LARGEST_ID = 2**63 - 1
 LARGEST_SIDE = 2**31 - 1
+CROWD = "crowd"  # the reason that is no fault
+ROUNDING = 1.0  # pixels that a box may reach over the edge wherever that is an error
+MAX_FILE_BYTES = 2**29  # per image: keeps a binary column far from Arrow's 2 GiB
 BATCH = 4096  # annotations that are Python objects at a time
 IMAGE_KEYS = {"id", "file_name", "width", "height"}
 ANNOTATION_KEYS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
@@ -106,14 +109,15 @@ class CocoFile:
             }
 
 
-def read_coco(path: Path | str, images_root: Path | str, segmentation: bool = True) -> CocoFile:
+def read_coco(path: Path | str, images_root: Path | str, options: IngestSettings | None = None) -> CocoFile:
     """Read and check an annotation file (local or on S3) whose file names are relative to images_root.
 
-    segmentation: keep it. Raises UserError: exit code 2 when the file is missing or not COCO, 1 when a file name leaves
-    images_root or nothing usable is in it. Images are not opened.
+    options: whether segmentation is kept, and what becomes of boxes over the image's edge. Raises UserError: exit code
+    2 when the file is missing or not COCO, 1 when a file name leaves images_root or nothing usable is in it. Images are
+    not opened.
     """
     try:
-        return _read(path, images_root, segmentation)
+        return _read(path, images_root, options or IngestSettings())
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
@@ -126,7 +130,7 @@ def read_coco(path: Path | str, images_root: Path | str, segmentation: bool = Tr
         raise UserError(f"The annotation file {path} cannot be read: {explain(error)}", 2) from error
 
 
-def _read(path: Path | str, images_root: Path | str, segmentation: bool) -> CocoFile:
+def _read(path: Path | str, images_root: Path | str, options: IngestSettings) -> CocoFile:
     fs, place = _annotation_file(path)
     found: dict[str, Any] = {}
     document: dict[str, Any] = {}
@@ -157,7 +161,7 @@ def _read(path: Path | str, images_root: Path | str, segmentation: bool) -> Coco
             elif key == "images":
                 found[key] = _images(path, value, images_root)
             elif key == "annotations":
-                found[key] = pa.Table.from_batches(_annotations(path, value, segmentation), RAW)
+                found[key] = pa.Table.from_batches(_annotations(path, value, options.segmentation), RAW)
             else:
                 document[key] = list(value)
                 found[key] = _categories(path, document[key])
@@ -168,18 +172,20 @@ def _read(path: Path | str, images_root: Path | str, segmentation: bool) -> Coco
         if not found[key]:
             raise UserError(f"{path} has nothing to use: its list {key!r} is empty.", 1)
     images, categories = found["images"], found["categories"]
-    table, starts = _judge(found.pop("annotations"), images, categories)
+    table, starts = _judge(found.pop("annotations"), images, categories, options)
     return CocoFile(path, content.sha256, images, table, starts, categories, document)
 
 
-def coco_from(path: str, sha256: str, content: dict[str, list], images_root: str, segmentation: bool) -> CocoFile:
+def coco_from(
+    path: str, sha256: str, content: dict[str, list], images_root: str, options: IngestSettings
+) -> CocoFile:
     """As `read_coco`, of lists of images, annotations and categories that something else at `path` says."""
     images, categories = _images(path, content["images"], images_root), _categories(path, content["categories"])
     for what, found in (("image", images), ("class", categories)):
         if not found:
             raise UserError(f"{path} has nothing to use: there is no {what}.", 1)
-    raw = pa.Table.from_batches(_annotations(path, iter(content["annotations"]), segmentation), RAW)
-    table, starts = _judge(raw, images, categories)
+    raw = pa.Table.from_batches(_annotations(path, iter(content["annotations"]), options.segmentation), RAW)
+    table, starts = _judge(raw, images, categories, options)
     return CocoFile(path, sha256, images, table, starts, categories, {"categories": content["categories"]})
 
 
@@ -298,8 +304,12 @@ def image_record(image: dict[str, Any]) -> dict[str, Any]:
 
 def _annotation_file(path: Path | str):
     """(file system, path in it) of an annotation file."""
-    if kind(path) == FileType.NotFound:
-        raise UserError(f"There is no annotation file {path}.", 2)
+    found = kind(path)
+    if found != FileType.File:
+        raise UserError({
+            FileType.NotFound: f"There is no annotation file {path}.",
+            FileType.Directory: f"{path} is a folder; name an annotation file.",
+        }.get(found, f"{path} is not a file, but a pipe or a device."), 2)  # fmt: skip
     return locate(path)
 
 
@@ -395,7 +405,7 @@ def _annotation(path: Path | str, where: str, record: Any, segmentation: bool) -
 
 
 def _judge(
-    raw: pa.Table, images: list[dict[str, Any]], categories: list[dict[str, Any]]
+    raw: pa.Table, images: list[dict[str, Any]], categories: list[dict[str, Any]], options: IngestSettings
 ) -> tuple[pa.Table, np.ndarray]:
     """The checked annotations as CocoFile's table and starts."""
     ids, image_ids, category_ids = (raw[key].to_numpy() for key in ("id", "image_id", "category_id"))
@@ -407,7 +417,9 @@ def _judge(
     # Without an image any size will do: such a box is rejected for that.
     sides = np.array([(image["width"], image["height"]) for image in images] + [(1, 1)], np.float64)[position]
     with np.errstate(invalid="ignore", over="ignore"):
-        box = np.clip(_xyxy(bbox), 0.0, np.tile(sides, 2))
+        whole = _xyxy(bbox)
+        box = np.clip(whole, 0.0, np.tile(sides, 2))
+        over = np.abs(whole - box).max(1, initial=0) > ROUNDING
         x0, y0, x1, y1 = box.astype(np.float32).T  # as training will see it
         outside = (x1 <= x0) | (y1 <= y0)
     once = np.zeros(len(raw), bool)
@@ -420,7 +432,8 @@ def _judge(
         "the box has a negative width or height": (bbox[:, 2:] < 0).any(1),
         "the box has no area": (bbox[:, 2:] == 0).any(1),
         "nothing of the box is inside the image": outside,
-        "crowd": raw["iscrowd"].to_numpy(zero_copy_only=False),
+        "the box reaches over the image's edge": over & (options.over_edge == "reject"),
+        CROWD: raw["iscrowd"].to_numpy(zero_copy_only=False),
     }
     reject = np.full(len(raw), None, object)
     for reason, faulty in reversed(reasons.items()):
@@ -505,7 +518,7 @@ def _look(path: str, max_pixels: int) -> tuple[str, bytes | None]:
     """(sha256 of the bytes, thumbnail); a file that cannot be read looks like no other."""
     from detr.transforms import ImageError, decode_image
 
-    data, reason = read_file(path)
+    data, reason = read_file(path, MAX_FILE_BYTES)
     if reason is not None:
         return path, None  # ingest will say why
     try:

@@ -49,9 +49,55 @@ SMALL_SEGMENT = 32  # steps at most, as long as it is not known where images get
 COST_POWER = 0.85  # of the number of pixels: measured on two cores, 256x192 to 384x288
 SEGMENT_TASKS = 8  # tasks that prepare a segment
 DECODED_AT_LEAST = 2  # times as wide as the model sees it: a crop or a mosaic shows a part of it enlarged by 1.5
-COLUMNS = ["image_id", "width", "height", "image", "boxes", "labels"]
+COLUMNS = ["image_id", "width", "height", "boxes", "labels"]
 
 Segment = tuple[int, int, bool]  # first step, step after the last, whether images are small
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """An open shard: `table` has all but the images, which stay in the file; groups[g] is the first row of a group."""
+
+    table: pa.Table
+    file: pq.ParquetFile
+    groups: np.ndarray
+
+    def encoded(self, row: int) -> bytes:
+        """An image's bytes. Its row group is read for it, and not kept: what is kept of 8 shards would be gigabytes."""
+        group = int(np.searchsorted(self.groups, row, side="right")) - 1
+        column = self.file.read_row_group(group, columns=["image"]).column(0)
+        return column[row - int(self.groups[group])].as_buffer().to_pybytes()
+
+
+class Arrivals:
+    """What of every epoch came, and to all workers together, from a step on."""
+
+    def __init__(self, feed: Feed, first_step: int):
+        self.feed, self.global_batch = feed, feed.batch_size * feed.workers
+        self.since = first_step * self.global_batch  # images before
+        self.epoch = self.since // feed.images
+        self.seen: dict[int, list[int]] = {}
+
+    def add(self, step: int, counts: list[int], sum_over_workers: Callable[[list[int]], list[int]]) -> list[dict]:
+        """Count the batch of a step -> {"epoch": from 1, "images", "boxes"} of every epoch that is over with it.
+
+        counts: boxes of each image. Every worker has to call it for every step. After a restart in the middle of an
+        epoch only the rest of it is counted. Raises RuntimeError if images of an epoch did not come.
+        """
+        first = step * self.global_batch + self.feed.rank * self.feed.batch_size
+        for position, boxes in enumerate(counts, first):
+            seen = self.seen.setdefault(position // self.feed.images, [0, 0])
+            seen[0] += 1
+            seen[1] += boxes
+        found = []
+        while (self.epoch + 1) * self.feed.images <= (step + 1) * self.global_batch:
+            images, boxes = sum_over_workers(self.seen.pop(self.epoch, [0, 0]))
+            due = (self.epoch + 1) * self.feed.images - max(self.since, self.epoch * self.feed.images)
+            if images != due:
+                raise RuntimeError(f"In epoch {self.epoch + 1} {images} of {due} images came to the training.")
+            self.epoch += 1
+            found.append({"epoch": self.epoch, "images": images, "boxes": boxes})
+        return found
 
 
 @dataclass(frozen=True)
@@ -110,15 +156,15 @@ class Feed:
         starts = np.cumsum((0, *self.rows))
         for epoch, index in self.indices(step):
             shard = int(np.searchsorted(starts, index, side="right")) - 1
-            table = _shard(self.folder, self.shards[shard])
+            opened = _shard(self.folder, self.shards[shard])
             row = index - int(starts[shard])
             # Each image draws from a generator of its own: the same whichever worker or task prepares it.
             rng = np.random.default_rng((self.seed, epoch, index))
-            image, target = self._prepare(model, table, row, epoch, rng)
+            image, target = self._prepare(model, opened, row, epoch, rng)
             images.append(image)
             labels.append(target["labels"])
             boxes.append(target["boxes"])
-            ids.append(table["image_id"][row].as_py())
+            ids.append(opened.table["image_id"][row].as_py())
         batch, sizes = pad_images(images, SHAPE_STEP)
         return {
             "images": batch,
@@ -131,21 +177,21 @@ class Feed:
         }
 
     def _prepare(
-        self, model: ModelConfig, table: pa.Table, row: int, epoch: int, rng: np.random.Generator
+        self, model: ModelConfig, shard: _Shard, row: int, epoch: int, rng: np.random.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A row of a shard's table -> what the model is trained on, with others of the shard in a mosaic."""
+        """A row of a shard -> what the model is trained on, with others of the shard in a mosaic."""
         augment = self.augment
-        image, target = self._read(model, table, row)
+        image, target = self._read(model, shard, row)
         flips = {"horizontal": augment.horizontal_flip, "vertical": augment.vertical_flip}
         if augment.recipe == "light" and epoch >= PLAIN_EPOCHS and rng.random() < augment.mosaic:
-            others = (self._read(model, table, int(other)) for other in rng.integers(0, len(table), 3))
+            others = (self._read(model, shard, int(other)) for other in rng.integers(0, len(shard.table), 3))
             parts = [random_flips(*part, rng, **flips) for part in ((image, target), *others)]
             image, target = mosaic(parts, rng, model)
         else:
             if augment.recipe == "light":
                 image, target = random_zoom(*random_flips(image, target, rng, **flips), rng, augment.scale)
             elif augment.recipe == "detr":
-                image, target = augment_detr(image, target, rng, model.image_max_size)
+                image, target = augment_detr(image, target, rng, model.image_max_size, **flips)
             if augment.recipe != "detr":
                 image, target = resize_to(image, target, input_size(model, *size_of(image)))
         if augment.recipe == "light" and augment.colour:
@@ -153,13 +199,14 @@ class Feed:
         target["boxes"] = boxes_to_targets(target["boxes"], *size_of(image))
         return image, target
 
-    def _read(self, model: ModelConfig, table: pa.Table, row: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _read(self, model: ModelConfig, shard: _Shard, row: int) -> tuple[Tensor, dict[str, Tensor]]:
         """An image and its target; where the recipe is our own, large JPEGs at a part of their size."""
+        table = shard.table
         width, height = table["width"][row].as_py(), table["height"][row].as_py()
         at_least = None
         if self.augment.recipe == "light":
             at_least = tuple(DECODED_AT_LEAST * side for side in input_size(model, width, height))
-        image = decode_image(table["image"][row].as_buffer().to_pybytes(), self.max_pixels, at_least)
+        image = decode_image(shard.encoded(row), self.max_pixels, at_least)
         scale = torch.tensor([image.width / width, image.height / height] * 2)
         return to_uint8(image), {
             "boxes": torch.tensor(table["boxes"][row].as_py(), dtype=torch.float32).reshape(-1, 4) * scale,
@@ -257,9 +304,10 @@ def _aspects(folder: str, shards: tuple[str, ...]) -> list[np.ndarray]:
 
 
 @functools.lru_cache(maxsize=2 * SHUFFLE_SHARDS)
-def _shard(folder: str, name: str) -> pa.Table:
-    # Memory-mapped: what is not used is not read, and workers on one machine share the pages.
-    return pq.read_table(Path(folder) / name, columns=COLUMNS, memory_map=True)
+def _shard(folder: str, name: str) -> _Shard:
+    file = pq.ParquetFile(Path(folder) / name, memory_map=True)
+    rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    return _Shard(file.read(COLUMNS), file, np.cumsum([0, *rows]))
 
 
 def _segments(

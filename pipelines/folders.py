@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from pyarrow.fs import FileType
 
-from pipelines.coco import IMAGE_EXTENSIONS, CocoFile, coco_from
+from pipelines.coco import IMAGE_EXTENSIONS, CocoFile, coco_from, image_place
 from pipelines.progress import console, track
 from pipelines.settings import DataSettings, RunSettings, UserError
 from pipelines.storage import explain, is_denied, is_remote, join, kind, list_files, locate, read_file
@@ -65,13 +65,13 @@ def read_voc(path: str, settings: RunSettings) -> tuple[str, dict[str, CocoFile]
         raise UserError(f"There is no images folder JPEGImages in {path}; set data.images to its name.", 2)
     folder = join(path, "Annotations")
     stems = sorted(name[:-4] for name in list_files(folder, recursive=True) if name.endswith(".xml"))
-    pictures = list_files(root, recursive=True)
+    pictures = [name for name in list_files(root, recursive=True) if name.lower().endswith(IMAGE_EXTENSIONS)]
     by_stem = {posixpath.splitext(name)[0]: name for name in sorted(pictures)}
     place = join(path, "ImageSets/Main")
     sets = _image_sets(place, set(stems)) or {"train": stems}
 
     def read(stem: str) -> tuple[bytes, dict[str, Any], list[dict[str, Any]]]:
-        file = join(folder, f"{stem}.xml")
+        file = _inside(folder, f"{stem}.xml")
         data = _bytes(file)
         image, objects = _voc_image(file, data)
         # The file's own name first: copies keep the name that their first had.
@@ -104,7 +104,8 @@ def read_yolo(path: str, settings: RunSettings) -> tuple[str, dict[str, CocoFile
     everything = list_files(path, recursive=True)
     names, places, keypoints = _yolo_file(file)
     categories = [{"id": number, "name": name} for number, name in sorted(names.items())]
-    files = {}
+    files: dict[str, CocoFile] = {}
+    taken: dict[str, tuple[str, Any]] = {}  # by image, the split and its place
     for split, place in places.items():
         images = sorted(set(_yolo_images(path, file, place, everything)))
         if not any(name in everything for name in images):
@@ -113,11 +114,20 @@ def read_yolo(path: str, settings: RunSettings) -> tuple[str, dict[str, CocoFile
                 continue
             raise UserError(f"{file} says that {split} is in {place!r}, but there is no image.", 2)
 
+        for name in images:  # the same place told twice is meant so
+            other, there = taken.setdefault(name, (split, place))
+            if there != place:
+                raise UserError(
+                    f"{file} says that {other} is in {there!r} and {split} in {place!r}, but both are found to have "
+                    f"{name}; mend the places, which are relative to {path}.",
+                    2,
+                )
+
         def read(name: str) -> tuple[bytes, dict[str, Any], list[dict[str, Any]]]:
-            width, height = _size(join(path, name)) if name in everything else (1, 1)  # ingest says why
-            label = _label_file(name)
-            data = _bytes(join(path, label)) if label in everything else b""
-            objects = list(_yolo_objects(join(path, label), data, width, height, keypoints))
+            width, height = _size(_inside(path, name)) if name in everything else (1, 1)  # ingest says why
+            label = _inside(path, _label_file(name))
+            data = _bytes(label) if _label_file(name) in everything else b""
+            objects = list(_yolo_objects(label, data, width, height, keypoints))
             return name.encode() + b"\0" + data, {"file_name": name, "width": width, "height": height}, objects
 
         rows = list(_read_all(read, images, f"Reading {split}"))
@@ -137,7 +147,7 @@ def _file(
         images.append({"id": number, **image})
         annotations += [{"id": len(annotations) + n, "image_id": number, **one} for n, one in enumerate(objects, 1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    return coco_from(path, total.hexdigest(), content, root, settings.ingest.segmentation)
+    return coco_from(path, total.hexdigest(), content, root, settings.ingest)
 
 
 def _read_all(read: Callable[[str], Any], names: Iterable[str], what: str) -> Iterator[Any]:
@@ -147,6 +157,20 @@ def _read_all(read: Callable[[str], Any], names: Iterable[str], what: str) -> It
         yield from track(pool.map(read, names), what, len(names))
     finally:
         pool.shutdown(cancel_futures=True)  # after an error the rest is not read first
+
+
+def _inside(folder: str, name: str) -> str:
+    """Where a file of a folder is; UserError (exit code 1) where a link leads out of it."""
+    try:
+        return image_place(folder, name)
+    except ValueError as error:
+        raise UserError(f"{folder} has a file {name!r}, which {error}; nothing of it was read.", 1) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """What a parser says, short and printable."""
+    text = " ".join(str(error).split())[:200]
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def _bytes(file: str) -> bytes:
@@ -188,7 +212,7 @@ def _voc_image(file: str, data: bytes) -> tuple[dict[str, Any], list[dict[str, A
     try:
         root = ElementTree.fromstring(data)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise UserError(f"{file} is not XML: {' '.join(str(error).split())}.", 2) from error
+        raise UserError(f"{file} is not XML: {_in_a_line(error)}.", 2) from error
 
     def number(element: ElementTree.Element, key: str, where: str) -> float:
         text = element.findtext(key)
@@ -231,8 +255,8 @@ def _yolo_file(file: str) -> tuple[dict[int, str], dict[str, Any], bool]:
         return {number: line.strip() for number, line in enumerate(lines)}, {"train": "."}, False
     try:
         content = yaml.safe_load(_text(file))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}", 2) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that there are not, lists too deep
+        raise UserError(f"{file} is not YAML: {_in_a_line(error)}.", 2) from error
     content = content if isinstance(content, dict) else {}
     names = content.get("names")
     names = dict(enumerate(names)) if isinstance(names, list) else names
@@ -265,7 +289,7 @@ def _yolo_images(path: str, file: str, place: Any, everything: dict[str, Any]) -
     for one in place if isinstance(place, list) else [place]:
         name = inside(str(one))
         if name in everything and name.endswith(".txt"):
-            yield from (inside(line) for line in _text(join(path, name)).splitlines() if line.strip())
+            yield from (inside(line) for line in _text(_inside(path, name)).splitlines() if line.strip())
         else:
             start = f"{name}/" if name else ""
             yield from (n for n in everything if n.startswith(start) and n.lower().endswith(IMAGE_EXTENSIONS))

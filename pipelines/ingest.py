@@ -25,7 +25,7 @@ from PIL import Image
 from pyarrow.fs import FileInfo, FileType
 
 from pipelines.alike import SIDE, thumbnail
-from pipelines.coco import CocoFile, image_place, image_record, read_coco, split_train, to_record
+from pipelines.coco import CROWD, MAX_FILE_BYTES, CocoFile, image_place, image_record, read_coco, split_train, to_record
 from pipelines.folders import other_layout
 from pipelines.progress import console, progress
 from pipelines.settings import DataSettings, RunSettings, UserError, digest
@@ -33,9 +33,9 @@ from pipelines.stage import read_json, write_json
 from pipelines.storage import from_task, is_remote, join, kind, list_files, plain, read_file
 
 FORMAT = 1
-ROW_GROUP = 64  # rows
-ROW_GROUP_BYTES = 128 * 2**20  # fewer rows than that where images are large
-MAX_FILE_BYTES = 2**29  # per image: keeps a binary column far from Arrow's 2 GiB
+# A training reads a group for each of its images: small ones cost little, and 16 rows still stream well.
+ROW_GROUP = 16  # rows
+ROW_GROUP_BYTES = 16 * 2**20  # fewer rows than that where images are large
 ORIENTATION = 0x0112  # EXIF tag
 # Not in the digests of rows: sha256 stands for the image, and neither training nor evaluation sees the others.
 UNSEEN = ("image", "thumbnail", "extra", "segmentations", "extras", "absent")
@@ -127,7 +127,8 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
     annotation in its image's row, with a reason when training must not see it. Returns {"name",
     "digest", "classes", "images": {split: n}, "boxes": {split: n}, "rejected_images",
     "rejected_annotations"}. Raises UserError (exit code 1) when more than
-    settings.ingest.max_reject_fraction of the images are rejected, or all of one split.
+    settings.ingest.max_reject_fraction of the images or of the annotations (crowds apart) are rejected, or all of one
+    split.
     """
     folder = Path(folder)
     files = dict(source.files)
@@ -157,7 +158,7 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
         _check_sums(split, file, mine)
     pq.write_table(pa.Table.from_pylist(images_lost + annotations_lost, REJECTS), folder / "rejects.parquet")
 
-    _check_rejected(settings, files, splits, images_lost, folder)
+    _check_rejected(settings, files, splits, images_lost, annotations_lost, folder)
     categories = files["train"].categories
     dataset = {
         "format": FORMAT,
@@ -187,10 +188,10 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
 def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Read and check the images of one plan and write their shard; the work of one Ray task.
 
-    Returns (and leaves beside the shard, as `<shard>.json`) {"format", "plan", "path", "rows", "bytes",
-    "boxes", "per_class", "max_objects", "annotations", "digests": one per row, "rejects"}. Without a
-    usable image no shard is written. A shard whose note fits the plan and that rejected nothing is
-    left as it is; a rejected image is looked at again, since its fault may be mended.
+    Returns (and leaves beside the shard, as `<shard>.json`) {"format", "plan", "path", "rows", "bytes", "boxes",
+    "turned": images with an EXIF orientation, "per_class", "max_objects", "annotations", "digests": one per row,
+    "rejects"}. Without a usable image no shard is written. A shard whose note fits the plan and that rejected nothing
+    is left as it is; a rejected image is looked at again, since its fault may be mended.
     """
     path = folder / plan["path"]
     note = path.with_suffix(".json")
@@ -207,6 +208,7 @@ def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
         "rows": 0,
         "bytes": 0,
         "boxes": 0,
+        "turned": 0,
         "per_class": [0] * len(plan["labels"]),
         "max_objects": 0,
         "annotations": 0,
@@ -252,7 +254,7 @@ def _coco_folder(settings: RunSettings, path: str) -> tuple[str, dict[str, CocoF
         name = getattr(data, split)
         file = join(path, name)
         if kind(file) != FileType.NotFound:
-            files[split] = read_coco(file, images, settings.ingest.segmentation)
+            files[split] = read_coco(file, images, settings.ingest)
         elif split == "train":
             found = sorted(posixpath.basename(name) for name in list_files(path) if name.endswith(".json"))[:5]
             hint = f"set data.train to one of {', '.join(found)}" if found else "put a COCO file there"
@@ -331,8 +333,9 @@ def _row(record: dict[str, Any], labels: dict[int, int], max_pixels: int) -> dic
     size = image.size
     if size != (record["width"], record["height"]):
         # The boxes were drawn on another picture: using them would teach nonsense.
-        return (
-            f"the image is {size[0]}x{size[1]}, the annotations say {record['width']}x{record['height']}"
+        turned = size[::-1] == (record["width"], record["height"]) and _orientation(data) > 4
+        return f"the image is {size[0]}x{size[1]}, the annotations say {record['width']}x{record['height']}" + (
+            " (its EXIF orientation turns it when it is shown; boxes must be those of the image as stored)" * turned
         )
     used = [a for a in record["annotations"] if a["reject"] is None]
     return {
@@ -368,6 +371,7 @@ def _orientation(data: bytes) -> int:
 def _count(result: dict[str, Any], row: dict[str, Any]) -> None:
     result["rows"] += 1
     result["boxes"] += len(row["boxes"])
+    result["turned"] += row["exif_orientation"] != 1
     result["max_objects"] = max(result["max_objects"], len(row["boxes"]))
     result["annotations"] += len(row["annotations"])
     for label in row["labels"]:
@@ -382,6 +386,7 @@ def _split_record(shards: list[dict], file: CocoFile) -> dict[str, Any]:
         "digest": digest([row for shard in shards for row in shard["digests"]]),
         "images": sum(shard["rows"] for shard in shards),
         "boxes": sum(shard["boxes"] for shard in shards),
+        "turned": sum(shard["turned"] for shard in shards),
         "per_class": [sum(shard["per_class"][label] for shard in shards) for label in range(len(file.categories))],
         "max_objects": max(shard["max_objects"] for shard in shards),
         "shards": [{k: shard[k] for k in ("path", "rows", "bytes")} for shard in shards if shard["rows"]],
@@ -405,8 +410,9 @@ def _check_sums(split: str, file: CocoFile, shards: list[dict]) -> None:
 
 
 def _check_rejected(
-    settings: RunSettings, files: dict[str, CocoFile], splits: dict[str, dict], lost: list[dict], folder: Path
-) -> None:
+    settings: RunSettings, files: dict[str, CocoFile], splits: dict[str, dict], lost: list[dict],
+    annotations_lost: list[dict], folder: Path,
+) -> None:  # fmt: skip
     total = sum(len(file.images) for file in files.values())
     first = "; ".join(f"{reject['file_name']}: {reject['reason']}" for reject in lost[:3])
     table = folder / "rejects.parquet"
@@ -418,6 +424,16 @@ def _check_rejected(
     if len(lost) > settings.ingest.max_reject_fraction * total:
         raise UserError(
             f"{len(lost)} of {total} images were rejected, more than ingest.max_reject_fraction="
+            f"{settings.ingest.max_reject_fraction:g} allows ({first}); mend them, or raise the limit; "
+            f"all are listed in {table}.",
+            1,
+        )
+    faulty = [reject for reject in annotations_lost if reject["reason"] != CROWD]
+    total = sum(len(file.table) for file in files.values())
+    if len(faulty) > settings.ingest.max_reject_fraction * total:
+        first = "; ".join(f"id {reject['annotation_id']}: {reject['reason']}" for reject in faulty[:3])
+        raise UserError(
+            f"{len(faulty)} of {total} annotations were rejected, more than ingest.max_reject_fraction="
             f"{settings.ingest.max_reject_fraction:g} allows ({first}); mend them, or raise the limit; "
             f"all are listed in {table}.",
             1,
@@ -474,6 +490,9 @@ def _tell(dataset: dict[str, Any], source: Source, folder: Path) -> None:
     clamped = sum(file.clamped for file in source.files.values())
     if clamped:
         text += f" {clamped} boxes reached over the image's edge and were cut there."
+    turned = sum(part["turned"] for _, part in splits)
+    if turned:
+        text += f" {turned} images have an EXIF orientation, which is not applied: boxes are those of images as stored."
     if dataset["rejected_images"] or dataset["rejected_annotations"]:
         text += (
             f" Rejected: {dataset['rejected_images']} images, {dataset['rejected_annotations']} annotations; "

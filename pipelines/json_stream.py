@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 CHUNK = 2**20  # bytes
 LARGEST = 2**26  # characters of an item
+LONGEST = 16  # characters of what cannot be told when cut: -Infinity, an escaped pair
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -104,6 +105,9 @@ class JsonObject:
                     self._at = end
                     return value
             except JSONDecodeError as error:
+                final = error.pos < len(self._text) - LONGEST and not error.msg.startswith("Unterminated")
+                if final:  # more of the file would change nothing
+                    self._fail(error.msg, error.pos)
                 if len(self._text) - self._at > LARGEST and not self._ended:
                     self._fail(f"An item of more than {LARGEST // 2**20} Mi characters", error.pos)
                 if self._ended:

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from detr.config import FOCAL_WEIGHTS, PRESETS, LossConfig, ModelConfig, Settings
 
 DEFAULT_MODEL = "tiny"
+MOST_PIXELS = 178_956_970  # of an image: what Pillow decodes
 
 
 class UserError(Exception):
@@ -83,14 +84,19 @@ class SampleSettings(Settings):
     val: int = Field(400, gt=0)
     test: int = Field(200, ge=0)
     max_objects: int = Field(5, ge=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class IngestSettings(Settings):
     rows_per_shard: int = Field(256, gt=0)
     segmentation: bool = Field(True, description="keep the annotations' segmentation (for `detr data --coco`)")
-    max_pixels: int = Field(100_000_000, gt=0, description="larger images are rejected before decoding")
-    max_reject_fraction: float = Field(0.1, ge=0, le=1, description="more rejected images than this stop the run")
+    over_edge: Literal["clamp", "reject"] = Field(
+        "clamp", description="boxes that reach over the image's edge: cut there, or (by more than a pixel) rejected"
+    )
+    max_pixels: int = Field(
+        100_000_000, gt=0, le=MOST_PIXELS, description="larger images are rejected before decoding"
+    )
+    max_reject_fraction: float = Field(0.1, ge=0, le=1, description="more rejected images, or boxes, stop the run")
 
 
 class AugmentSettings(Settings):
@@ -205,7 +211,7 @@ class PredictSettings(Settings):
     score_threshold: float | None = Field(None, ge=0, le=1, description="by default the model's own")
     batch_size: int = Field(16, gt=0)
     actors: int = Field(1, gt=0)
-    max_pixels: int = Field(100_000_000, gt=0)
+    max_pixels: int = Field(100_000_000, gt=0, le=MOST_PIXELS)
     max_reject_fraction: float = Field(0.5, ge=0, le=1)
 
 
@@ -223,7 +229,7 @@ class ClusterSettings(Settings):
 class RunSettings(Settings):
     """All settings of a run."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     data: DataSettings = DataSettings()
     sample: SampleSettings = SampleSettings()
     ingest: IngestSettings = IngestSettings()

@@ -9,13 +9,17 @@ import errno
 import os
 import posixpath
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
 from pipelines.settings import UserError
+
+ASKING, WORKING = 3, 10  # times S3 is tried: a wrong address is to be said soon, a night's work outlasts a busy store
 
 
 def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -34,9 +38,13 @@ def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     return fs, path
 
 
-def locate(uri: str | Path) -> tuple[pafs.FileSystem, str]:
-    """As `filesystem`, whether or not something is there."""
+def locate(uri: str | Path, attempts: int = ASKING) -> tuple[pafs.FileSystem, str]:
+    """As `filesystem`, whether or not something is there. attempts: how often S3 is tried, waiting ever longer."""
     text = str(uri)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{text!a} is not UTF-8; rename it.", 2) from error
     scheme, separator, rest = text.partition("://")
     if not separator:
         return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
@@ -49,7 +57,7 @@ def locate(uri: str | Path) -> tuple[pafs.FileSystem, str]:
         raise UserError(f"{text} names no bucket; write s3://BUCKET/PREFIX.", 2)
     if "//" in path:
         raise UserError(f"{text} has an empty part (two slashes), which cannot be read here; rename what it names.", 2)
-    return _s3(path.partition("/")[0]), path
+    return _s3(path.partition("/")[0], attempts), path
 
 
 def kind(uri: str | Path) -> pafs.FileType:
@@ -84,15 +92,30 @@ def plain(uri: str | Path) -> str:
 
 
 def list_files(uri: str | Path, recursive: bool = False) -> dict[str, pafs.FileInfo]:
-    """The files below a folder or prefix, by their names relative to it. Raises UserError (exit code 2)."""
+    """The files below a folder or prefix, by their names relative to it. Raises UserError (exit code 2).
+
+    Links are followed, but not back to a folder that led to them.
+    """
     fs, path = filesystem(uri)
     try:
-        found = fs.get_file_info(pafs.FileSelector(path, recursive=recursive))
+        local = recursive and fs.type_name == "local"  # where pyarrow goes round in a loop of links
+        found = fs.get_file_info(list(_below(path)) if local else pafs.FileSelector(path, recursive=recursive))
         return {info.path.removeprefix(path).lstrip("/"): info for info in found if info.type == pafs.FileType.File}
     except OSError as error:
         raise UserError(f"{uri} cannot be listed: {explain(error)}", 2) from error
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise UserError(f"{uri} holds a file whose name is not UTF-8; rename it.", 2) from error
+
+
+def _below(folder: str, above: tuple[Path, ...] = ()) -> Iterator[str]:
+    """The paths of all files below a local folder. Raises OSError."""
+    above = (*above, Path(os.path.realpath(folder)))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                yield entry.path
+            elif not any(place.is_relative_to(os.path.realpath(entry.path)) for place in above):
+                yield from _below(entry.path, above)
 
 
 def fetch(uri: str | Path, folder: Path) -> Path:
@@ -116,7 +139,7 @@ def read_file(uri: str | Path, largest: int | None = None) -> tuple[bytes | None
     Raises UserError (exit code 1) where it is the object store that does not answer.
     """
     try:
-        fs, path = locate(uri)
+        fs, path = locate(uri, WORKING)
         if fs.type_name == "local":
             info = fs.get_file_info(path)
             if info.type not in (pafs.FileType.File, pafs.FileType.NotFound):  # reading a pipe would wait for ever
@@ -162,12 +185,12 @@ def is_denied(error: OSError) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _s3(bucket: str) -> pafs.S3FileSystem:
-    options = {}
+def _s3(bucket: str, attempts: int) -> pafs.S3FileSystem:
+    options: dict[str, Any] = {"retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=attempts)}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
         parts = urlsplit(endpoint)
-        options = {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if not region:
         region = "us-east-1" if endpoint else pafs.resolve_s3_region(bucket)

@@ -31,10 +31,10 @@ from detr.matcher import NonFiniteOutputs
 from detr.model import DETR, count_parameters
 from detr.optimizer import MuonAdamW, build_optimizer
 from detr.queries import make_denoising_queries
-from pipelines.budget import Budget, lr_factor, of_first_worker
+from pipelines.budget import Budget, lr_factor, of_first_worker, sum_over_workers
 from pipelines.detect import Detector
-from pipelines.evaluate import coco_metrics, coco_truth, detect_rows, detections_to_coco
-from pipelines.feed import Feed, first_model, open_feed
+from pipelines.evaluate import check_ids, coco_metrics, coco_truth, detect_rows, detections_to_coco
+from pipelines.feed import Arrivals, Feed, first_model, open_feed
 from pipelines.fit import fit_to_data
 from pipelines.progress import console, duration, progress
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
@@ -175,6 +175,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
     budget = Budget(options, feed, folder, state.get("budget"))
     state["budget"] = budget.state
+    arrivals = Arrivals(feed, state["step"])
     batches = feed.stream(state["step"], budget.last_step, lambda: budget.full_from)
     try:
         while not budget.is_spent(state["step"]) and not _is_stale(state, options):
@@ -189,6 +190,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 group["lr"] = rate * factor
             losses, norm = train_step(net, criterion, optimizer, batch, step, settings, rank)
             update_average(ema, model, options.ema_decay)
+            for epoch in arrivals.add(step, batch["counts"].tolist(), sum_over_workers):
+                log.epoch(step + 1, epoch)
             state["step"] = step = step + 1
             budget.tick(step)
             rate, images = optimizer.param_groups[0]["lr"], options.batch_size * workers
@@ -306,6 +309,7 @@ def validate(
         tables.append(detect_rows(detector, images, settings.ingest.max_pixels))
     found = pa.concat_tables(tables)
     rows = read_split(dataset_folder, "val", ["image_id", "file_name", "width", "height", "annotations"])
+    check_ids(found["image_id"].to_pylist(), rows["image_id"].to_pylist(), "val")
     metrics = coco_metrics(
         coco_truth(rows, dataset["categories"]), detections_to_coco(found, dataset["categories"]),
         settings.evaluate.max_dets,
@@ -438,6 +442,11 @@ class _Log:
         self._track({**{f"train/{k}": v for k, v in means.items()}, "lr": lr, "images_per_second": rate}, step)
         self.sums, self.count, self.since = {}, 0, time.monotonic()
 
+    def epoch(self, step: int, seen: dict[str, int]) -> None:
+        """What came of an epoch that is over."""
+        self._write({"event": "epoch", "step": step, **seen})
+        self._track({"train/epoch_images": seen["images"], "train/epoch_boxes": seen["boxes"]}, step)
+
     def validation(self, step: int, metrics: dict[str, Any]) -> None:
         self._write({"event": "validation", "step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})
         numbers = {f"val/{k}": v for k, v in metrics.items() if k.startswith("A") and v is not None}
@@ -527,7 +536,7 @@ class _Follower:
                         console.print(
                             f"  step {record['step']}: AP {record['AP']:.3f}, AP50 {record['AP50']:.3f} on val"
                         )
-                    else:
+                    elif record["event"] == "step":
                         note = f"{ap}loss {record['loss']:.2f}, {record['images_per_second']:.0f} images/s"
                         left, share = None, record["share"]
                         if share is not None:  # by the share: steps may get slower

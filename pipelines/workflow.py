@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from pipelines.progress import console
 from pipelines.settings import RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, run_stage, write_json
@@ -440,4 +442,4 @@ def _say(record: Record) -> None:
         return
     _SAID.add(name)
     how = "already done" if record["reused"] else f"done in {record['seconds']:.1f} s"
-    console.print(f"[bold]{record['stage']}[/bold] {how}")
+    console.print(Text.assemble((record["stage"], "bold"), f" {how}"))

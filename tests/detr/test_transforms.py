@@ -94,6 +94,9 @@ def test_truncated_files_are_refused(kind, share):
         (b"", "the file is empty"),
         (b"not an image at all", "not an image of a known format"),
         (b"\x89PNG\r\n\x1a\n", "image"),
+        # Pillow would run another program for this one, and decode this icon's picture before it says how large it is.
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n%%EOF", "not an image of a known"),
+        (b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0\x10\0\0\0\x16\0\0\0" + bytes(16), "not an image of a known"),
     ],
 )
 def test_what_is_no_image_says_so(data, reason):
@@ -432,6 +435,7 @@ def test_input_size_enlarges_only_when_asked():
     published = ModelConfig()
     assert input_size(published, 100, 80) == (1000, 800)
     assert input_size(published, 2000, 500) == (1332, 333)
+    assert input_size(tiny, 1, 600) == (1, 600) and input_size(published, 3000, 1) == (3000, 1)  # no side is nothing
 
 
 # ---------------------------------------------------------------- batches

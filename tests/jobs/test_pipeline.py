@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
@@ -73,6 +74,38 @@ def test_a_killed_pipeline_goes_on_and_ends_as_a_straight_one(killed, tmp_path):
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         assert (value == theirs[key]).all(), key
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_ingest_goes_on_where_it_stopped(tmp_path):
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    (data / "images").mkdir(parents=True)
+    pixels = rng.integers(0, 255, (1500, 2000, 3), np.uint8)  # decoded in a tenth of a second, so that there is time
+    for split, numbers in (("train", range(30)), ("val", range(30, 32))):
+        images = [{"id": n, "file_name": f"{n}.png", "width": 2000, "height": 1500} for n in numbers]
+        for image in images:
+            pixels[0, 0] = image["id"]
+            Image.fromarray(pixels).save(data / "images" / image["file_name"], compress_level=1)
+        boxes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81} for n in numbers]
+        content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "noise"}]}
+        (data / f"instances_{split}.json").write_text(json.dumps(content))
+    told = (f"data.path={data}", "ingest.rows_per_shard=1")
+    first = start("ingest", tmp_path / "store", *told)
+    notes: list[Path] = []
+    while len(notes) < 3:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+        notes = list((tmp_path / "store").glob("ingest/*/train-*.json"))
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    (folder,) = (tmp_path / "store" / "ingest").iterdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("train-*.json")}
+    assert 3 <= len(before) < 30 and not (folder / "dataset.json").exists()
+    result, _ = finish(start("ingest", tmp_path / "store", *told))
+    assert result["images"] == {"train": 30, "val": 2}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    straight, _ = finish(start("ingest", tmp_path / "other", *told))
+    assert result["digest"] == straight["digest"]
 
 
 def test_everything_that_was_promised_is_there(killed):

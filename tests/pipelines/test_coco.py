@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.coco import read_coco, safe_join, split_train
-from pipelines.settings import UserError
+from pipelines.settings import IngestSettings, UserError
 
 GOOD = {
     "images": [
@@ -136,9 +137,12 @@ def test_missing_file_and_folder(tmp_path):
     with pytest.raises(UserError, match="no annotation file") as error:
         read_coco(tmp_path / "none.json", tmp_path)
     assert error.value.exit_code == 2
-    with pytest.raises(UserError, match="cannot be read") as error:
-        read_coco(tmp_path, tmp_path)
-    assert error.value.exit_code == 2
+def test_a_pipe_is_no_annotation_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, match in (("pipe.json", "is not a file, but a pipe"), (".", "is a folder; name an annotation file")):
+        with pytest.raises(UserError, match=match) as error:
+            read_coco(tmp_path / name, tmp_path)
+        assert error.value.exit_code == 2
 
 
 OUTSIDE = ["/etc/passwd", "../x.jpg", "a/../../x.jpg", "..", "C:\\x.jpg", "C:x.jpg", "a\\b.jpg", "\\\\host\\x", ""]
@@ -203,6 +207,14 @@ def test_boxes_over_the_edge_are_cut_and_the_source_kept(write, tmp_path):
     assert over["box"] == [0, 40, 15, 50] and over["bbox"] == [-5, 40, 20, 20]
     assert exact["box"] == [0, 0, 100, 50] and huge["box"] == [0, 0, 100, 50]
     assert coco.clamped == 2 and rejects(coco) == []
+
+
+def test_boxes_over_the_edge_are_rejected_where_that_is_asked(write, tmp_path):
+    boxes = [-5, 40, 20, 20], [0, 0, 100, 50], [99, 0, 2, 50.5]
+    coco = read_coco(write(with_box(*boxes, area=20)), tmp_path, IngestSettings(over_edge="reject"))
+    over, exact, rounded = coco.annotations(1)
+    assert rejects(coco) == [("b.jpg", over["id"], "the box reaches over the image's edge")]
+    assert exact["reject"] is None and rounded["box"] == [99, 0, 100, 50]
 
 
 def test_area_is_optional_and_whole_floats_are_whole(write, tmp_path):

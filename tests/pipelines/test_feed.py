@@ -13,7 +13,7 @@ from PIL import Image
 
 from detr.config import ModelConfig
 from pipelines import feed as module
-from pipelines.feed import SMALL_SEGMENT, _segments, first_model, open_feed
+from pipelines.feed import SMALL_SEGMENT, Arrivals, _segments, first_model, open_feed
 from pipelines.settings import AugmentSettings, TrainSettings
 from pipelines.stage import write_json
 
@@ -99,11 +99,63 @@ def test_a_large_jpeg_is_decoded_in_part_and_its_boxes_stay_on_their_object(tmp_
     assert np.abs(light["boxes"][0].numpy() - shown).max() * width <= 1
 
 
+def test_images_stay_in_the_file_and_only_a_group_of_rows_is_read_for_one(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.bytes(10_000) for _ in range(50)]
+    lists = {"boxes": pa.array([[]] * 50, pa.list_(pa.list_(pa.float32(), 4))), "labels": pa.array([[]] * 50)}
+    table = pa.table({"image_id": range(50), "width": [8] * 50, "height": [8] * 50, **lists, "image": images})
+    pq.write_table(table, tmp_path / "train-0.parquet", row_group_size=16, use_dictionary=False)
+    shard = module._shard(str(tmp_path), "train-0.parquet")
+    assert [shard.encoded(row) for row in (0, 15, 16, 49)] == [images[row] for row in (0, 15, 16, 49)]
+    assert shard.table.nbytes < 10_000
+
+
+def test_the_published_recipe_mirrors_only_where_it_may(tmp_path):
+    data = io.BytesIO()
+    half = Image.new("RGB", (600, 600))
+    half.paste((255, 255, 255), (0, 0, 300, 600))  # white on the left
+    half.save(data, "PNG")
+    row = {"image_id": 1, "image": data.getvalue(), "boxes": [], "labels": [], "width": 600, "height": 600}
+    schema = pa.schema({"image_id": pa.int64(), "image": pa.binary(), "boxes": pa.list_(pa.list_(pa.float32(), 4)),
+                        "labels": pa.list_(pa.int32()), "width": pa.int32(), "height": pa.int32()})  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([row], schema), tmp_path / "train-0.parquet")
+    write_json(tmp_path / "dataset.json", {"splits": {"train": {"shards": [{"path": "train-0.parquet", "rows": 1}]}}})
+    for allowed in (True, False):
+        one = feed(tmp_path, 1, recipe="detr", horizontal_flip=allowed)
+        left = [float(b[0, 0, :, 0].float().mean() - b[0, 0, :, -1].float().mean()) for b in
+                (one.batch(step)["images"] for step in range(12))]  # fmt: skip
+        assert min(left) >= 0 if not allowed else min(left) < -200 < 200 < max(left)
+
+
 def test_nothing_is_dropped_where_epochs_meet(dataset):
     one = feed(dataset, batch_size=4)
     steps = 11  # 44 images are exactly four epochs of eleven
     seen = Counter(row for step in range(steps) for _, row in one.indices(step))
     assert seen == {row: 4 for row in range(11)}
+
+
+def test_what_came_of_an_epoch_is_counted_and_a_lost_image_is_noticed(dataset):
+    """Eleven images with ten boxes, two workers with batches of two: an epoch ends in the midst of a batch."""
+    feeds = [feed(dataset, batch_size=2, rank=rank, workers=2) for rank in (0, 1)]
+    counts = [[[row % 3 for _, row in one.indices(step)] for step in range(9)] for one in feeds]
+
+    def run(first, counts):
+        """As the first worker sees it, which here adds the other's itself."""
+        one, other = (Arrivals(one, first) for one in feeds)
+        found = []
+        for step in range(first, 9):
+            for position, boxes in enumerate(counts[1][step], step * 4 + 2):
+                seen = other.seen.setdefault(position // 11, [0, 0])
+                seen[:] = seen[0] + 1, seen[1] + boxes
+            found += one.add(step, counts[0][step], lambda mine: np.add(mine, other.seen.pop(one.epoch)).tolist())
+        return found
+
+    assert run(0, counts) == [{"epoch": n, "images": 11, "boxes": 10} for n in (1, 2, 3)]
+    rest = run(4, counts)  # 16 images were before, 5 of them of the second epoch
+    assert [(seen["epoch"], seen["images"]) for seen in rest] == [(2, 6), (3, 11)] and rest[0]["boxes"] < 10
+    counts[1][3] = counts[1][3][1:]
+    with pytest.raises(RuntimeError, match="In epoch 2 10 of 11 images came to the training"):
+        run(0, counts)
 
 
 def test_two_workers_see_what_one_worker_with_twice_the_batch_sees(dataset):

@@ -1,7 +1,12 @@
 """Pascal VOC's and YOLO's folders become the COCO files that say the same."""
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.folders import other_layout, read_voc, read_yolo
@@ -131,6 +136,9 @@ def test_what_is_wrong_in_voc_is_named(voc, file, text, match):
         ("train/labels/a.txt", "0 0.5 0.5 0.1\n", "a.txt, line 1: a class and 3 numbers"),
         ("train/labels/a.txt", "0 0 0 1 1\ncat 0 0 1 1\n", "a.txt, line 2: 'cat 0 0 1 1' holds what is no number"),
         ("data.yaml", "train: [", "data.yaml is not YAML"),
+        ("data.yaml", "names: [a]\ndate: 2024-13-45", "data.yaml is not YAML: month must be in 1..12"),
+        ("data.yaml", "[" * 3000, "data.yaml is not YAML"),
+        ("data.yaml", "names: [a]\ntrain: train\nval: '[/none]'", None),
         ("data.yaml", "train: train/images", "data.yaml has no names"),
         ("data.yaml", "names: [a]", "does not say where train is"),
         ("data.yaml", "names: [a]\ntrain: none", "train is in 'none', but there is no image"),
@@ -143,8 +151,70 @@ def test_what_is_wrong_in_yolo_is_named(yolo, file, text, match):
     write(yolo / file, text)
     if file == "list.txt":
         write(yolo / "data.yaml", "names: [a]\ntrain: list.txt")
+    if match is None:
+        assert read_yolo(str(yolo), RunSettings())[1].keys() == {"train"}
+        return
     with pytest.raises(UserError, match=match):
         read_yolo(str(yolo), RunSettings())
+
+
+def test_splits_that_would_share_their_images_are_refused(yolo):
+    """A folder that is not there is looked for under the end of its name; both splits would find the other's."""
+    (yolo / "train" / "images").rename(yolo / "images")
+    shutil.rmtree(yolo / "valid")
+    match = re.escape("train is in '../train/images' and val in '../valid/images', but both are found")
+    with pytest.raises(UserError, match=match) as error:
+        read_yolo(str(yolo), RunSettings())
+    assert error.value.exit_code == 2
+    write(yolo / "data.yaml", "train: images\nval: images\nnames: [dog, cat]\n")  # as small examples have it
+    assert {split: len(file.images) for split, file in read_yolo(str(yolo), RunSettings())[1].items()} == {
+        "train": 2, "val": 2
+    }  # fmt: skip
+
+
+def test_links_do_not_lead_out_of_the_folder(yolo, voc, tmp_path):
+    write(tmp_path / "secret", "root:password\n")
+    for file, read in ((yolo / "train/labels/a.txt", read_yolo), (voc / "Annotations/a.xml", read_voc)):
+        file.unlink()
+        file.symlink_to(tmp_path / "secret")
+        with pytest.raises(UserError, match=f"{file.name}', which is a link that leaves") as error:
+            read(str(yolo if read is read_yolo else voc), RunSettings())
+        assert "password" not in str(error.value)
+
+
+def test_other_files_beside_the_images_of_voc_are_not_taken_for_them(voc):
+    for name in ("a.json", "a.xml", "b.txt"):
+        write(voc / "JPEGImages" / name, "{}")
+    assert set(said(read_voc(str(voc), RunSettings())[1]["train"])) == {"a.jpg", "b.png", "c.jpg"}
+
+
+TEXT = {
+    "Annotations/a.xml": "<annotation><size><width>100</width><height>50</height></size>"
+    + OBJECT.format("cat", 0, 1, 1, 9, 9) + "</annotation>",
+    "train/labels/a.txt": "1 0.5 0.5 0.2 0.4\n0 0.1 0.2 0.3 0.2 0.3 0.6\n",
+    "data.yaml": "train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['dog', 'cat']\ndate: 2024-12-24\n",
+}
+
+
+@pytest.mark.parametrize("file", TEXT)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_are_read_or_refused_in_one_sentence(voc, yolo, file, data):
+    """Places of a good file overwritten by what such files are made of, or by any character."""
+    text = list(TEXT[file])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        pieces = st.sampled_from(["", "<", "</", "&#0;", "[", "{", ":", "- ", "nan", "1e999", "-7", "99", "!!x ", "\n"])
+        text[at : at + data.draw(st.integers(0, 9))] = data.draw(pieces | st.text(max_size=2))
+        text = text or [" "]
+    folder = voc if file.endswith(".xml") else yolo
+    (folder / file).write_bytes("".join(text).encode("utf-8", "surrogatepass"))
+    try:
+        _, files = (read_voc if folder is voc else read_yolo)(str(folder), RunSettings())
+    except UserError as error:
+        assert str(error).isprintable() and len(str(error)) < 600
+    else:
+        assert files["train"].images
 
 
 def test_odd_boxes_and_classes_are_rejected_with_the_reason(yolo):

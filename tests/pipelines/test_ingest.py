@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 
+import duckdb
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from detr.transforms import decode_image
 from pipelines.coco import image_place
 from pipelines.ingest import ingest, source, write_shard
 from pipelines.settings import UserError, override_settings, validate_settings
@@ -109,6 +112,52 @@ def test_rows_hold_the_bytes_and_the_boxes(ray_cluster, dataset, tmp_path):
             "reject": None,
         }
     assert len(pq.read_table(tmp_path / "out" / "rejects.parquet")) == 0
+    assert max(g.num_rows for g in row_groups(tmp_path / "out" / "train-00000.parquet")) == 4
+
+
+@pytest.mark.ray
+def test_other_programs_read_the_shards(ray_cluster, dataset, tmp_path):
+    run(dataset, tmp_path / "out")
+    frame = pd.read_parquet(tmp_path / "out" / "train-00002.parquet")
+    data = (dataset / "images" / "t0.png").read_bytes()
+    row = frame[frame.file_name == "t0.png"].iloc[0]
+    assert row.image == data and row.labels.tolist() == [1, 0]
+    assert row.annotations[1]["bbox"].tolist() == [3, 1.5, 10, 11]
+    shards = str(tmp_path / "out" / "train-*.parquet")
+    found = duckdb.sql(
+        f"select count(*), count(distinct image_id), sum(len(boxes)), max(boxes[2][3]), bool_or(image = $1), "
+        f"sum(list_sum(list_transform(annotations, a -> a.area))) from '{shards}'", params=[data]
+    ).fetchall()  # fmt: skip
+    assert found == [(10, 10, 20, 13.0, True, 20 * 77.25)]
+
+
+def row_groups(shard):
+    metadata = pq.read_metadata(shard)
+    return [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+
+
+def test_groups_of_rows_are_small_so_that_one_image_is_read_with_few_others(dataset, tmp_path, monkeypatch):
+    plan = {**plan_of(dataset), "images": [image for image in plan_of(dataset)["images"] for _ in range(9)]}
+    write_shard(plan, tmp_path)
+    assert [group.num_rows for group in row_groups(tmp_path / "train-00000.parquet")] == [16, 16, 4]
+    monkeypatch.setattr("pipelines.ingest.ROW_GROUP_BYTES", 1)
+    write_shard({**plan, "max_pixels": 10**6}, tmp_path)
+    assert {group.num_rows for group in row_groups(tmp_path / "train-00000.parquet")} == {1}
+
+
+@pytest.mark.ray
+def test_an_exif_orientation_is_said_and_boxes_are_those_of_the_image_as_stored(ray_cluster, dataset, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = Image.new("RGB", (40, 30))
+    pixels.paste((255, 255, 255), (0, 2, 10, 12))  # as the first box of each image
+    pixels.save(dataset / "images" / "t9.png", exif=exif)
+    _, record = run(dataset, tmp_path / "out")
+    assert "1 images have an EXIF orientation, which is not applied" in " ".join(capsys.readouterr().err.split())
+    row = next(row for row in rows(tmp_path / "out", record, "train") if row["file_name"] == "t9.png")
+    left, top, right, bottom = (round(side) for side in row["boxes"][0])
+    inside = np.asarray(decode_image(row["image"], 10**6))[top:bottom, left:right]
+    assert row["exif_orientation"] == 6 and inside.size == 3 * 10 * 10 and inside.all()
 
 
 @pytest.mark.ray
@@ -190,6 +239,12 @@ def test_too_many_rejects_stop_the_run(ray_cluster, dataset, tmp_path):
     assert error.value.exit_code == 1 and not (tmp_path / "out" / "dataset.json").exists()
     assert pq.read_table(tmp_path / "out" / "rejects.parquet").num_rows == 8
 
+    some = override_settings(SETTINGS, {"ingest.max_reject_fraction": 0.4})
+    change(dataset / "instances_train.json", lambda c: [a["bbox"].__setitem__(3, 0) for a in c["annotations"]])
+    change(dataset / "instances_train.json", lambda c: c["annotations"][0]["bbox"].__setitem__(3, 9))
+    with pytest.raises(UserError, match=r"1\d of 26 annotations were rejected.*id \d+: the box has no area; .*reject"):
+        run(dataset, tmp_path / "out1", some)
+
     for n in range(3):
         (dataset / "images" / f"v{n}.jpg").write_bytes(b"GIF89a")
     with pytest.raises(UserError, match="Not one image of val can be used"):
@@ -253,6 +308,11 @@ def test_images_are_capped_before_decoding_and_orientation_is_flagged(dataset, t
     write_shard(plan_of(dataset), tmp_path)
     row = pq.read_table(tmp_path / "train-00000.parquet").to_pylist()[0]
     assert (row["file_name"], row["exif_orientation"], row["width"], row["height"]) == ("t9.png", 6, 40, 30)
+
+    with Image.open(dataset / "images" / "t9.png") as image:  # the annotations are of the image as it is shown
+        image.resize((30, 40)).save(dataset / "images" / "t9.png", exif=exif)
+    result = write_shard(plan_of(dataset, max_pixels=10**6), tmp_path)
+    assert "the image is 30x40, the annotations say 40x30 (its EXIF orientation" in result["rejects"][0]["reason"]
 
     result = write_shard(plan_of(dataset, max_pixels=1000), tmp_path)
     assert result["rows"] == 0 and "more than the limit of 1000 pixels" in result["rejects"][0]["reason"]
@@ -416,6 +476,18 @@ def test_odd_images_are_rows_or_rejects(ray_cluster, shared_data, tmp_path):
     assert result["images"]["train"] == 34 and result["rejected_images"] == 16
     table = {row["file_name"]: row for row in rows(tmp_path / "out", record, "train")}
     assert table.keys() == {entry["file"] for entry in manifest if entry["pillow"] == "decodes"}
+    rejects = pq.read_table(tmp_path / "out" / "rejects.parquet", columns=["split", "file_name", "reason"]).to_pylist()
+    cut, broken = (f"it cannot be decoded ({why}" for why in ("image file is trunc", "broken"))
+    no_image = "it is not an image of a known format"
+    expected = {
+        "truncated_jpeg.jpg": cut, "raccoon-99.jpg": cut, "ultrahdr.jpg": cut, "truncated_image.png": cut,
+        "truncated_end_chunk.png": broken, "broken_data_stream.png": broken, "broken.png": no_image,
+        "zero_width.gif": no_image,
+    }  # fmt: skip
+    for split in ("train", "val"):
+        reasons = {row["file_name"]: row["reason"] for row in rejects if row["split"] == split}
+        assert reasons.keys() == expected.keys()
+        assert {name: reason for name, reason in reasons.items() if expected[name] not in reason} == {}
     for entry in manifest:
         if entry["file"] in table:
             row = table[entry["file"]]

@@ -25,10 +25,11 @@ def window(request, monkeypatch):
     monkeypatch.setattr(json_stream, "CHUNK", request.param)
 
 
-def read(data: bytes):
-    content = JsonObject(io.BytesIO(data))
+def read(data: bytes | io.BytesIO):
+    content = JsonObject(io.BytesIO(data) if isinstance(data, bytes) else data)
     found = {key: list(value) if isinstance(value, Iterator) else value for key, value in content.members()}
-    assert content.sha256 == hashlib.sha256(data).hexdigest()
+    if isinstance(data, bytes):
+        assert content.sha256 == hashlib.sha256(data).hexdigest()
     return found
 
 
@@ -79,6 +80,15 @@ def test_a_list_may_be_left_before_its_end():
     for key, value in content.members():
         seen.append((key, next(value) if isinstance(value, Iterator) else value))
     assert seen == [("a", 1), ("b", 4), ("c", 5)]
+
+
+def test_a_fault_is_told_without_reading_on_and_however_much_follows(monkeypatch):
+    monkeypatch.setattr(json_stream, "LARGEST", 1000)
+    file = io.BytesIO(b'{"a": [{"id": 1 "x": 2}, ' + b"1, " * 2**21 + b"1]}")
+    with pytest.raises(json.JSONDecodeError, match="Expecting ',' delimiter") as error:
+        read(file)
+    assert (error.value.lineno, error.value.colno) == (1, 17)
+    assert file.tell() <= 2 * json_stream.CHUNK + 100
 
 
 def test_an_item_beyond_all_measure_is_refused_in_bounded_memory(monkeypatch):

@@ -3,24 +3,23 @@
 import http.server
 import os
 import threading
+from contextlib import ExitStack, contextmanager
 
 import pyarrow.fs as pafs
 import pytest
 
 from pipelines import storage
 from pipelines.settings import UserError
-from pipelines.storage import _s3, fetch, filesystem, from_task, join, kind, list_files, read_file
+from pipelines.storage import ASKING, _s3, fetch, filesystem, from_task, join, kind, list_files, read_file
 
 
-@pytest.fixture
-def refusing_s3(monkeypatch):
-    """An S3 endpoint that has one bucket, `closed`, and refuses it."""
+@contextmanager
+def s3_server(answer):
+    """A server on loopback; answer(path) gives (status, body)."""
 
-    class Refuse(http.server.BaseHTTPRequestHandler):
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            closed = self.path.startswith("/closed")
-            code, status = (b"AccessDenied", 403) if closed else (b"NoSuchBucket", 404)
-            body = b"<Error><Code>%s</Code><Message>no</Message></Error>" % code
+            status, body = answer(self.path)
             self.send_response(status)
             self.send_header("Content-Type", "application/xml")
             self.send_header("Content-Length", str(len(body)))
@@ -33,16 +32,30 @@ def refusing_s3(monkeypatch):
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    _s3.cache_clear()
-    yield
-    _s3.cache_clear()
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(answer) starts a server that is the S3 endpoint until the test ends."""
+    with ExitStack() as stack:
+
+        def start(answer):
+            monkeypatch.setenv("AWS_ENDPOINT_URL", stack.enter_context(s3_server(answer)))
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+            _s3.cache_clear()
+
+        yield start
+        _s3.cache_clear()
+
+
+def error(code):
+    return b"<Error><Code>%s</Code><Message>no</Message></Error>" % code
 
 
 def test_a_local_file_is_read_by_path_and_by_uri(tmp_path):
@@ -67,12 +80,25 @@ def test_what_is_not_there_is_said(uri, words):
     assert error.value.exit_code == 2
 
 
-def test_a_bucket_that_is_missing_or_closed_is_said(refusing_s3):
-    with pytest.raises(UserError, match="access is denied") as error:
+def test_a_bucket_that_is_missing_or_closed_is_said(serve):
+    serve(lambda path: (403, error(b"AccessDenied")) if path.startswith("/closed") else (404, error(b"NoSuchBucket")))
+    with pytest.raises(UserError, match="access is denied") as found:
         filesystem("s3://closed/images")
-    assert error.value.exit_code == 2
+    assert found.value.exit_code == 2
     with pytest.raises(UserError, match="There is no bucket or folder s3://missing/images"):
         filesystem("s3://missing/images")
+
+
+def test_a_store_that_is_busy_for_a_while_is_waited_for(serve):
+    asked = []
+
+    def answer(path):
+        asked.append(path)
+        return (503, error(b"SlowDown")) if len(asked) <= ASKING else (200, b"picture")
+
+    serve(answer)
+    assert read_file("s3://bucket/a.jpg") == (b"picture", None)
+    assert len(asked) > ASKING and set(asked) == {"/bucket/a.jpg"}
 
 
 def test_what_is_local_is_used_where_it_is_and_what_is_not_is_copied(tmp_path, monkeypatch):
@@ -110,10 +136,12 @@ def test_names_are_joined_to_folders_and_prefixes(folder, name, place):
 
 
 def test_what_cannot_be_asked_is_one_sentence(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="is not UTF-8; rename it"):
+        kind("/data/\udcff")
     with pytest.raises(UserError, match="has an empty part"):
         kind("s3://bucket//images")
 
-    def no_network(bucket):
+    def no_network(bucket, attempts):
         raise OSError("When resolving region for bucket: curlCode: 6, Couldn't resolve host name")
 
     monkeypatch.setattr(storage, "_s3", no_network)
@@ -124,6 +152,22 @@ def test_what_cannot_be_asked_is_one_sentence(monkeypatch, tmp_path):
     os.rename(os.fsencode(tmp_path / "f"), os.fsencode(tmp_path) + b"/\xff")
     with pytest.raises(UserError, match="not UTF-8; rename it"):
         list_files(tmp_path)
+    with pytest.raises(UserError, match="not UTF-8; rename it"):
+        list_files(tmp_path, recursive=True)
+
+
+def test_links_are_followed_but_not_round_and_round(tmp_path):
+    for place in ("photos/day", "elsewhere"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.jpg").write_bytes(b"12")
+    (tmp_path / "photos" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "day" / "up").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos" / "day")  # whose `up` leads here again
+    found = list_files(tmp_path / "photos", recursive=True)
+    assert {name: info.size for name, info in found.items()} == {
+        name: 2 for name in ("day/a.jpg", "more/a.jpg", "more/back/a.jpg")
+    }
 
 
 def test_the_reason_of_a_task_is_found_in_rays_text():
