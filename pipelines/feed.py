@@ -1,4 +1,4 @@
-"""Shards -> augmented, padded batches, streamed by Ray Data.
+"""Shards -> augmented, padded batches, prepared ahead by Ray.
 
 The training images are one endless stream: epoch after epoch, each a permutation of the dataset. Step s
 takes the images [s * global batch, (s + 1) * global batch), and worker r of n takes its n-th part. What a
@@ -9,19 +9,19 @@ little of it is padding.
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import os
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from detr.batch import SHAPE_STEP, pad_images
@@ -43,15 +43,21 @@ from pipelines.settings import AugmentSettings, TrainSettings
 from pipelines.stage import read_json
 
 SHUFFLE_SHARDS = 8  # rows are shuffled among this many shards at a time, so that few are open at once
-SEGMENT_BYTES = 2**28  # of pixels prepared ahead, at the most twice
+PIECE_BYTES = 2**24  # of pixels prepared by one call, where a batch is not larger
+AHEAD_BYTES = 2**28  # of pixels prepared ahead
 PLAIN_EPOCHS = 10  # before the first mosaic: images seen less often are new enough, and learnt from sooner
-SMALL_SEGMENT = 32  # steps at most, as long as it is not known where images get their full size
 COST_POWER = 0.85  # of the number of pixels: measured on two cores, 256x192 to 384x288
-SEGMENT_TASKS = 8  # tasks that prepare a segment
 DECODED_AT_LEAST = 2  # times as wide as the model sees it: a crop or a mosaic shows a part of it enlarged by 1.5
 COLUMNS = ["image_id", "width", "height", "boxes", "labels"]
 
-Segment = tuple[int, int, bool]  # first step, step after the last, whether images are small
+
+class Piece(NamedTuple):
+    """The batches of the steps from `first` to `end`, which is not one of them."""
+
+    first: int
+    end: int
+    small: bool
+    batches: Any  # reference to a list of batches
 
 
 @dataclass(frozen=True)
@@ -216,40 +222,43 @@ class Feed:
     def stream(
         self, first_step: int, last_step: int | None = None, full_from: Callable[[], int | None] = lambda: 0
     ) -> Iterator[dict[str, Tensor]]:
-        """Batches from a step on, up to last_step or without end, prepared by Ray Data a segment ahead.
+        """Batches from a step on, up to last_step or without end, prepared ahead by actors of this machine.
 
-        full_from: gives the step from which images have their full size. As long as it gives None they are small. When
-        it is known, what was prepared too small is left, and prepared anew.
+        `images` must not be written to: they are Ray's own memory. full_from: gives the step from which images have
+        their full size. As long as it gives None they are small. When it is known, what was prepared too small is left,
+        and prepared anew.
 
-        A segment is a dataset of its own, whose execution is over before its first batch is used: an executor that
-        lives on beside the training takes the interpreter's lock from it. The first segments are short, so that
-        training starts soon.
+        Actors that are asked for a few steps each, and no Ray Data: its executor, living on beside the training, takes
+        the interpreter's lock from it, and started anew for every segment runs one task at a time for its first second.
         """
-        most = max(2, SEGMENT_BYTES // (3 * self.model.image_max_size**2 * self.batch_size))
-        with ThreadPoolExecutor(1) as executor:
+        import ray
 
-            def ahead(segments: Iterator[Segment]) -> tuple[Segment, Future] | None:
-                segment = next(segments, None)
-                return segment and (segment, executor.submit(_prepare_segment, self, *segment))
-
-            segments = _segments(first_step, last_step, most, full_from)
-            due = ahead(segments)
-            while due is not None:
-                (step, end, small), blocks = due[0], due[1].result()
+        pixels = 3 * self.model.image_max_size**2 * self.batch_size
+        steps = min(max(1, PIECE_BYTES // pixels), 16)
+        actors = _start_preparers(self, max(1, (self.preparing or (os.cpu_count() or 1) // 2) // self.workers))
+        ahead = max(2 * len(actors), AHEAD_BYTES // (steps * pixels))
+        due: deque[Piece] = deque()
+        turns = itertools.cycle(actors)
+        step, asked, batches = first_step, first_step, None
+        try:
+            while last_step is None or step < last_step:
                 full = full_from()
-                if small and full is not None and full < end:
-                    end = max(step, full)
-                    segments = _segments(end, last_step, most, full_from)
-                due = ahead(segments)
-                for batch in _batches(blocks):
-                    full = full_from()
-                    if step == end or (small and full is not None and step >= full):
-                        break
-                    yield load_tensors(batch)
-                    step += 1
-                if step < end:
-                    segments = _segments(step, last_step, most, full_from)
-                    due = ahead(segments)
+                asked = _leave_too_small(due, step, asked, full)
+                while len(due) < ahead and (last_step is None or asked < last_step):
+                    small = full is None or asked < full
+                    ends = [end for end in (asked + steps, last_step, full if small else None) if end is not None]
+                    due.append(Piece(asked, min(ends), small, next(turns).batches.remote(asked, min(ends), small)))
+                    asked = due[-1].end
+                if step == due[0].first or batches is None:
+                    batches = ray.get(due[0].batches)
+                yield _as_tensors(batches[step - due[0].first])
+                step += 1
+                if step == due[0].end:
+                    due.popleft()
+                    batches = None
+        finally:
+            for actor in actors:
+                ray.kill(actor)
 
 
 def open_feed(
@@ -310,48 +319,49 @@ def _shard(folder: str, name: str) -> _Shard:
     return _Shard(file.read(COLUMNS), file, np.cumsum([0, *rows]))
 
 
-def _segments(
-    first: int, last: int | None, most: int, full_from: Callable[[], int | None]
-) -> Iterator[Segment]:
-    """One segment after another, growing to `most` steps; none goes beyond where images get their full size."""
-    steps = max(2, most // 8)
-    while last is None or first < last:
-        full = full_from()
-        end = first + (min(steps, SMALL_SEGMENT) if full is None else steps)
-        small = full is None or first < full
-        if last is not None:
-            end = min(end, last)
-        if small and full is not None:
-            end = min(end, full)
-        yield first, end, small
-        first, steps = end, min(most, 2 * steps)
+def _leave_too_small(due: deque[Piece], step: int, asked: int, full: int | None) -> int:
+    """Leave what is due of small images from step `full` on; returns the step from which to ask (anew).
+
+    Steps before `step` were used.
+    """
+    while full is not None and due and due[-1].small and due[-1].end > max(full, step):
+        piece, asked = due.pop(), max(full, step)
+        if piece.first < asked:
+            due.append(piece._replace(end=asked))
+            if asked == step:  # all that is left of it was used
+                due.pop()
+            return asked
+        asked = piece.first
+    return asked
 
 
-def _batches(blocks: list) -> Iterator[bytes]:
-    """The batches of a segment's blocks, each of which is used once and then let go."""
+def _start_preparers(feed: Feed, number: int) -> list[Any]:
+    """Actors beside this process, which answer one after another what they are asked."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    while blocks:
-        for batch in ray.get(blocks.pop(0))["batch"]:
-            yield batch.as_py()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # They take no CPU of Ray's count: the training's own cores are theirs.
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(_Preparer)
+    return [actor.remote(feed) for _ in range(number)]
 
 
-def _prepare_segment(feed: Feed, first: int, end: int, small: bool) -> list:
-    """References to Arrow blocks that hold the batches of these steps, in order, as safetensors bytes."""
-    import ray
+class _Preparer:
+    """Prepares batches of a feed in a process of its own."""
 
-    chunk = math.ceil((end - first) / SEGMENT_TASKS)
-
-    def prepare(rows: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
+    def __init__(self, feed: Feed):
         torch.set_num_threads(1)
         os.setpriority(os.PRIO_PROCESS, 0, 19)  # on a machine with few cores the training step goes first
-        start = first + int(rows["id"][0]) * chunk
-        return {"batch": [save_tensors(feed.batch(step, small)) for step in range(start, min(start + chunk, end))]}
+        self.feed = feed
 
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    tasks = math.ceil((end - first) / chunk)
-    most = max(1, (feed.preparing or (os.cpu_count() or 1) // 2) // feed.workers)
-    data = ray.data.range(tasks, override_num_blocks=tasks).map_batches(prepare, batch_size=1, concurrency=most)
-    return data.to_arrow_refs()
+    def batches(self, first: int, end: int, small: bool) -> list[dict[str, np.ndarray]]:
+        """As NumPy arrays, which Ray hands over without copying them."""
+        steps = (self.feed.batch(step, small) for step in range(first, end))
+        return [{key: value.numpy() for key, value in batch.items()} for batch in steps]
+
+
+def _as_tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        images = torch.from_numpy(batch["images"])
+    return {"images": images, **{key: torch.tensor(value) for key, value in batch.items() if key != "images"}}

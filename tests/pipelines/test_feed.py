@@ -13,7 +13,7 @@ from PIL import Image
 
 from detr.config import ModelConfig
 from pipelines import feed as module
-from pipelines.feed import SMALL_SEGMENT, Arrivals, _segments, first_model, open_feed
+from pipelines.feed import Arrivals, first_model, open_feed
 from pipelines.settings import AugmentSettings, TrainSettings
 from pipelines.stage import write_json
 
@@ -219,24 +219,34 @@ def test_images_are_smaller_in_the_first_part(dataset):
     assert 0.25 < one.first_cost() < 0.5 and feed(dataset).first_cost() == 1
 
 
-def test_segments_end_where_images_get_their_full_size():
-    parts = list(_segments(0, 100, 40, lambda: 33))
-    assert [small for *_, small in parts] == sorted((small for *_, small in parts), reverse=True)
-    assert [(a, b) for a, b, _ in parts if a == 33 or b == 33] == [(15, 33), (33, 73)]
-    assert [step for first, end, _ in parts for step in range(first, end)] == list(range(100))
-    assert not any(small for *_, small in _segments(0, 100, 40, lambda: 0))
+class Asked:
+    """Stands for an actor: notes what it was asked, and gives (step, small) for a batch."""
 
-    unknown = _segments(0, None, 1000, lambda: None)
-    assert all(small and end - first <= SMALL_SEGMENT for first, end, small in (next(unknown) for _ in range(9)))
+    def __init__(self):
+        self.pieces = []
+        self.batches = self
+
+    def remote(self, first, end, small):
+        self.pieces.append((first, end, small))
+        return [(step, small) for step in range(first, end)]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    import ray
+
+    actors = [Asked(), Asked()]
+    monkeypatch.setattr(module, "_start_preparers", lambda feed, number: actors)
+    monkeypatch.setattr(module, "_as_tensors", lambda batch: batch)
+    monkeypatch.setattr(ray, "get", lambda piece: piece)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    return actors
 
 
 @pytest.mark.parametrize("decided", [1, 2, 5, 17, 60, 99])
-@pytest.mark.parametrize("later", [1, 2, 30])
-def test_images_have_their_full_size_from_the_step_that_is_decided_on_the_way(dataset, monkeypatch, decided, later):
+@pytest.mark.parametrize("later", [0, 1, 2, 30])
+def test_images_have_their_full_size_from_the_step_that_is_decided_on_the_way(dataset, asked, decided, later):
     """However much is prepared ahead by then."""
-    monkeypatch.setattr(module, "_prepare_segment", lambda feed, first, end, small: [(first, end, small)])
-    monkeypatch.setattr(module, "_batches", lambda blocks: ((step, blocks[0][2]) for step in range(*blocks[0][:2])))
-    monkeypatch.setattr(module, "load_tensors", lambda batch: batch)
     known, given = [None], []
     for step, small in feed(dataset).stream(0, 150, lambda: known[0]):
         given.append((step, small))
@@ -245,13 +255,28 @@ def test_images_have_their_full_size_from_the_step_that_is_decided_on_the_way(da
     assert given == [(step, step < decided + later) for step in range(150)]
 
 
+def test_so_much_is_prepared_ahead_as_fits_in_turns(dataset, asked, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_BYTES", 3 * 256**2 * 2 * 4)  # four steps of two images
+    monkeypatch.setattr(module, "AHEAD_BYTES", 3 * 256**2 * 2 * 20)
+    stream = feed(dataset, batch_size=2).stream(3, 1000)
+    assert next(stream) == (3, False)
+    assert [actor.pieces for actor in asked] == [
+        [(3, 7, False), (11, 15, False), (19, 23, False)], [(7, 11, False), (15, 19, False)]
+    ]  # fmt: skip
+    for _ in range(4):
+        step, _ = next(stream)
+    assert step == 7 and asked[1].pieces[-1] == (23, 27, False)
+    assert [step for step, _ in stream] == list(range(8, 1000))
+
+
 @pytest.mark.ray
 def test_ray_streams_the_same_batches_from_any_step_to_the_last(dataset, ray_cluster, monkeypatch):
-    monkeypatch.setattr("pipelines.feed.SEGMENT_BYTES", 3 * 256**2 * 2 * 40)  # several segments
+    monkeypatch.setattr("pipelines.feed.PIECE_BYTES", 3 * 256**2 * 2 * 5)  # several pieces
     one = feed(dataset, batch_size=2, recipe="light")
     steps = []
     for batch in one.stream(3, 60):
         steps.append(int(batch["step"]))
+        assert batch.keys() == one.batch(3).keys() and all(torch.is_tensor(value) for value in batch.values())
         assert torch.equal(batch["images"], one.batch(steps[-1])["images"])
     assert steps == list(range(3, 60))
     small = ModelConfig(preset="tiny", image_size=24)

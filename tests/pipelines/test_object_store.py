@@ -82,6 +82,29 @@ def test_images_and_annotations_may_be_apart(reachable, folder):
     assert found.inputs["annotations"] == source(RunSettings(), "s3://data/sets/shapes").inputs["annotations"]
 
 
+def test_other_layouts_in_a_bucket_say_what_they_say_in_a_folder(reachable, store, tmp_path):
+    for split in ("train", "val"):
+        for part in ("images", "labels"):
+            (tmp_path / "yolo" / split / part).mkdir(parents=True)
+        Image.effect_noise((64, 48), 50).save(tmp_path / "yolo" / split / "images" / "a.png")
+        (tmp_path / "yolo" / split / "labels" / "a.txt").write_text("0 0.5 0.5 0.25 0.25\n")
+    (tmp_path / "yolo" / "data.yaml").write_text("train: train/images\nval: val/images\nnames: [noise]\n")
+    (tmp_path / "voc" / "Annotations").mkdir(parents=True)
+    (tmp_path / "voc" / "JPEGImages").mkdir()
+    Image.effect_noise((64, 48), 50).save(tmp_path / "voc" / "JPEGImages" / "a.png")
+    (tmp_path / "voc" / "Annotations" / "a.xml").write_text(
+        "<annotation><size><width>64</width><height>48</height></size><object><name>noise</name><bndbox><xmin>1</xmin>"
+        "<ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object></annotation>"
+    )
+    store.upload(tmp_path, "layouts")
+    for layout in ("yolo", "voc"):
+        bucket, local = (source(RunSettings(), place).files for place in (f"s3://layouts/{layout}", tmp_path / layout))
+        assert bucket.keys() == local.keys() and bucket["train"].boxes == 1
+        for split, file in bucket.items():
+            assert file.images == local[split].images and file.table.equals(local[split].table)
+            assert file.sha256 == local[split].sha256
+
+
 def test_what_is_listed_in_a_bucket_is_read(reachable, store, folder):
     rows = list_images("s3://data/sets/shapes/instances_train.json", RunSettings())
     assert [row["key"] for row in rows] == [f"a b/{n}ü.png" for n in range(5)] and rows[4]["size"] == 0
