@@ -19,9 +19,12 @@ def pad_images(images: list[Tensor], multiple: int = 1) -> tuple[Tensor, Tensor]
     """
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-int(side) // multiple) * multiple for side in sizes.amax(0))
-    batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    batch = torch.empty(len(images), 3, height, width, dtype=torch.uint8)
     for slot, image in zip(batch, images, strict=True):
-        slot[:, : image.shape[1], : image.shape[2]] = image
+        _, h, w = image.shape
+        slot[:, :h, :w] = image
+        slot[:, h:] = 0
+        slot[:, :h, w:] = 0
     return batch, sizes
 
 

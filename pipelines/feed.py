@@ -257,8 +257,8 @@ class Feed:
                     due.popleft()
                     batches = None
         finally:
-            for actor in actors:
-                ray.kill(actor)
+            for piece in due:  # the actors end when nobody knows them any more and nothing is left to do
+                ray.cancel(piece.batches)
 
 
 def open_feed(

@@ -239,7 +239,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(module, "_start_preparers", lambda feed, number: actors)
     monkeypatch.setattr(module, "_as_tensors", lambda batch: batch)
     monkeypatch.setattr(ray, "get", lambda piece: piece)
-    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    monkeypatch.setattr(ray, "cancel", lambda piece: None)
     return actors
 
 
