@@ -4,8 +4,9 @@
     python benchmarks/feed.py --rounds 3
     python benchmarks/feed.py --data path/to/coco --epochs 20
 
-Without --data the images are 640x480 JPEGs cut from two photographs, with boxes. Ours reads its shards; the other sides
-are torch's DataLoader over the same files:
+Without --data the images are 640x480 JPEGs cut from two photographs, with boxes. Ours reads its shards, and its batches
+are uint8 when they arrive, to be normalised on the device; where that is this CPU, it takes of the same cores, which is
+measured, too. The other sides are torch's DataLoader over the same files:
 
 \b
 - PIL: the published transforms on PIL images, float32 batches normalised and padded in the workers, as published
@@ -42,7 +43,7 @@ from detr.transforms import augment_detr, boxes_to_targets
 from pipelines.feed import open_feed
 from pipelines.settings import AugmentSettings, RunSettings
 
-OURS, PIL, UINT8 = "ours", "DataLoader, PIL", "DataLoader, uint8"
+OURS, HERE, PIL, UINT8 = "ours", "ours, normalised here", "DataLoader, PIL", "DataLoader, uint8"
 SKIP = 6  # batches before timing starts
 BATCH = 4
 MODEL = ModelConfig()  # as published
@@ -124,14 +125,13 @@ class Prepared(Dataset):
 
 
 def batches(side: str, data: Path, dataset: Path, workers: int) -> Iterator[Any]:
-    """Batches without end, as they reach the training process: the device's float32 images of each."""
+    """Batches without end, as they reach the training process."""
     feed = open_feed(dataset, "train", MODEL, AUGMENT, 10**8, BATCH, 0, preparing=workers)
-    if side == OURS:
+    if side in (OURS, HERE):
         for batch in feed.stream(0):
-            yield normalise(batch["images"], batch["sizes"])
+            yield normalise(batch["images"], batch["sizes"]) if side == HERE else batch
     elif side == UINT8:
-        for batch in DataLoader(Prepared(feed), batch_size=None, sampler=range(10**9), num_workers=workers):
-            yield normalise(batch["images"], batch["sizes"])
+        yield from DataLoader(Prepared(feed), batch_size=None, sampler=range(10**9), num_workers=workers)
     else:
         loader = DataLoader(
             Published(data), batch_size=BATCH, shuffle=True, num_workers=workers, drop_last=True,
@@ -220,14 +220,14 @@ def main(data, images, rounds, seconds, workers, epochs, as_json, side, folder, 
         from jobs.common import ray_session
 
         torch.set_num_threads(1)
-        with ray_session(RunSettings()) if side == OURS else nullcontext():
+        with ray_session(RunSettings()) if side in (OURS, HERE) else nullcontext():
             if epochs:
                 result = {"mebibytes": memory_over_epochs(dataset, epochs, workers)}
             else:
                 result = measure(side, files, dataset, seconds, workers)
         write_result(folder, result, None)
         return
-    sides = [OURS] if epochs else [OURS, PIL, UINT8]
+    sides = [OURS] if epochs else [OURS, HERE, PIL, UINT8]
     runs: dict[str, list] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as place:
         if data is None:
