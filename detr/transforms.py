@@ -49,7 +49,7 @@ def decode_image(data: bytes, max_pixels: int, at_least: tuple[int, int] | None 
         with warnings.catch_warnings():
             # Pillow's own limit only warns at the size we check ourselves, before decoding.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_formats())
+            image = Image.open(io.BytesIO(data), formats=picture_formats())
             width, height = image.size
             if width < 1 or height < 1:
                 raise ImageError(f"its size is {width}x{height}")
@@ -77,7 +77,7 @@ def decode_image(data: bytes, max_pixels: int, at_least: tuple[int, int] | None 
 
 
 @functools.cache
-def _formats() -> list[str]:
+def picture_formats() -> list[str]:
     """Of FORMATS those that this Pillow has."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
@@ -120,11 +120,13 @@ def resized_size(width: int, height: int, size: int, max_size: int | None = None
     """(width, height) after the shorter side becomes `size` with the longer at most `max_size`.
 
     The official rule: when the longer side would be too long, size = round(max_size * short / long)
-    (Python's rounding); the other side is truncated. No side is less than a pixel, however long the other.
+    (Python's rounding); the other side is truncated. Where that is no pixel, it is one, and the longer `max_size`.
     """
     short, long = min(width, height), max(width, height)
     if max_size is not None and long / short * size > max_size:
-        size = max(1, round(max_size * short / long))
+        size = round(max_size * short / long)
+        if size == 0:
+            return (1, max_size) if width < height else (max_size, 1)
     if short == size:
         return width, height
     if width < height:

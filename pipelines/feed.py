@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from joblib import cpu_count  # of what a container or an affinity leaves
 from torch import Tensor
 
 from detr.batch import SHAPE_STEP, pad_images
@@ -44,7 +45,8 @@ from pipelines.stage import read_json
 
 SHUFFLE_SHARDS = 8  # rows are shuffled among this many shards at a time, so that few are open at once
 PIECE_BYTES = 2**24  # of pixels prepared by one call, where a batch is not larger
-AHEAD_BYTES = 2**28  # of pixels prepared ahead
+AHEAD_BYTES = 2**28  # of pixels prepared ahead, but a piece more than there are processes
+MOST_PREPARERS = 16  # for a worker: more than a training uses up, and each takes half a GiB
 PLAIN_EPOCHS = 10  # before the first mosaic: images seen less often are new enough, and learnt from sooner
 COST_POWER = 0.85  # of the number of pixels: measured on two cores, 256x192 to 384x288
 DECODED_AT_LEAST = 2  # times as wide as the model sees it: a crop or a mosaic shows a part of it enlarged by 1.5
@@ -82,22 +84,25 @@ class Arrivals:
         self.feed, self.global_batch = feed, feed.batch_size * feed.workers
         self.since = first_step * self.global_batch  # images before
         self.epoch = self.since // feed.images
-        self.seen: dict[int, list[int]] = {}
+        self.seen: dict[int, dict[int, int]] = {}  # of every epoch, the boxes of each image by its id
 
-    def add(self, step: int, counts: list[int], sum_over_workers: Callable[[list[int]], list[int]]) -> list[dict]:
+    def add(
+        self, step: int, batch: dict[str, Tensor], sum_over_workers: Callable[[list[int]], list[int]]
+    ) -> list[dict[str, int]]:
         """Count the batch of a step -> {"epoch": from 1, "images", "boxes"} of every epoch that is over with it.
 
-        counts: boxes of each image. Every worker has to call it for every step. After a restart in the middle of an
-        epoch only the rest of it is counted. Raises RuntimeError if images of an epoch did not come.
+        Every worker has to call it for every step. After a restart in the middle of an epoch only the rest of it is
+        counted. Raises RuntimeError if images of an epoch did not come, or one came twice to a worker.
         """
         first = step * self.global_batch + self.feed.rank * self.feed.batch_size
-        for position, boxes in enumerate(counts, first):
-            seen = self.seen.setdefault(position // self.feed.images, [0, 0])
-            seen[0] += 1
-            seen[1] += boxes
+        for position, (image, boxes) in enumerate(
+            zip(batch["image_ids"].tolist(), batch["counts"].tolist(), strict=True), first
+        ):
+            self.seen.setdefault(position // self.feed.images, {})[image] = boxes
         found = []
         while (self.epoch + 1) * self.feed.images <= (step + 1) * self.global_batch:
-            images, boxes = sum_over_workers(self.seen.pop(self.epoch, [0, 0]))
+            mine = self.seen.pop(self.epoch, {})
+            images, boxes = sum_over_workers([len(mine), sum(mine.values())])
             due = (self.epoch + 1) * self.feed.images - max(self.since, self.epoch * self.feed.images)
             if images != due:
                 raise RuntimeError(f"In epoch {self.epoch + 1} {images} of {due} images came to the training.")
@@ -112,8 +117,8 @@ class Feed:
 
     first: the model as it sees smaller images in the first part of the training, or None (progressive resizing, Howard
     2018, DAWNBench; a network learns sooner from few pixels, and small objects need more of them at the end).
-    preparing: so many cores of this machine prepare batches; half of them by default, since a training on CPU needs the
-    others.
+    preparing: so many processes of this machine prepare the worker's batches, no more than MOST_PREPARERS; by default
+    one for every second core, since a training on CPU needs the others.
     """
 
     folder: str
@@ -235,15 +240,15 @@ class Feed:
 
         pixels = 3 * self.model.image_max_size**2 * self.batch_size
         steps = min(max(1, PIECE_BYTES // pixels), 16)
-        actors = _start_preparers(self, max(1, (self.preparing or (os.cpu_count() or 1) // 2) // self.workers))
-        ahead = max(2 * len(actors), AHEAD_BYTES // (steps * pixels))
+        actors = _start_preparers(self, min(MOST_PREPARERS, self.preparing or max(1, cpu_count() // 2)))
+        ahead = max(len(actors) + 1, AHEAD_BYTES // (steps * pixels))
         due: deque[Piece] = deque()
         turns = itertools.cycle(actors)
         step, asked, batches = first_step, first_step, None
         try:
             while last_step is None or step < last_step:
                 full = full_from()
-                asked = _leave_too_small(due, step, asked, full)
+                asked = _leave_too_small(due, step, asked, full, ray.cancel)
                 while len(due) < ahead and (last_step is None or asked < last_step):
                     small = full is None or asked < full
                     ends = [end for end in (asked + steps, last_step, full if small else None) if end is not None]
@@ -319,7 +324,9 @@ def _shard(folder: str, name: str) -> _Shard:
     return _Shard(file.read(COLUMNS), file, np.cumsum([0, *rows]))
 
 
-def _leave_too_small(due: deque[Piece], step: int, asked: int, full: int | None) -> int:
+def _leave_too_small(
+    due: deque[Piece], step: int, asked: int, full: int | None, cancel: Callable[[Any], None]
+) -> int:
     """Leave what is due of small images from step `full` on; returns the step from which to ask (anew).
 
     Steps before `step` were used.
@@ -331,6 +338,7 @@ def _leave_too_small(due: deque[Piece], step: int, asked: int, full: int | None)
             if asked == step:  # all that is left of it was used
                 due.pop()
             return asked
+        cancel(piece.batches)
         asked = piece.first
     return asked
 
@@ -342,7 +350,8 @@ def _start_preparers(feed: Feed, number: int) -> list[Any]:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     # They take no CPU of Ray's count: the training's own cores are theirs.
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(_Preparer)
+    # One that dies is started again, but not for ever: what kills it may be an image.
+    actor = ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3, scheduling_strategy=here)(_Preparer)
     return [actor.remote(feed) for _ in range(number)]
 
 

@@ -339,11 +339,13 @@ def _yolo_objects(file: str, data: bytes, width: int, height: int, keypoints: bo
 
 def _size(file: str) -> tuple[int, int]:
     """Width and height as the header says; 1 by 1 where it does not, since such an image is rejected anyway."""
+    from detr.transforms import picture_formats
+
     try:
         fs, path = locate(file)
         with fs.open_input_file(path) as stream:
             try:
-                size = Image.open(stream).size
+                size = Image.open(stream, formats=picture_formats()).size
             except Exception:  # noqa: BLE001 - a damaged header raises anything; ingest says what is wrong
                 return 1, 1
     except OSError as error:

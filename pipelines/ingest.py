@@ -139,6 +139,9 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
         )
         files = {split: files[split] for split in ("train", "val", "test") if split in files}
 
+    annotations_lost = [{"split": split, **reject} for split, file in files.items() for reject in file.rejects()]
+    _check_annotations(settings, files, annotations_lost, folder)
+
     plans = folder / "plans"
     plans.mkdir(exist_ok=True)
     shards = []  # (split, plan's file name, images), in order
@@ -148,7 +151,6 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
     done = _run(shards, folder)
     shutil.rmtree(plans)
 
-    annotations_lost = [{"split": split, **reject} for split, file in files.items() for reject in file.rejects()]
     splits: dict[str, dict] = {}
     images_lost: list[dict] = []
     for split, file in files.items():
@@ -158,7 +160,7 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
         _check_sums(split, file, mine)
     pq.write_table(pa.Table.from_pylist(images_lost + annotations_lost, REJECTS), folder / "rejects.parquet")
 
-    _check_rejected(settings, files, splits, images_lost, annotations_lost, folder)
+    _check_rejected(settings, files, splits, images_lost, folder)
     categories = files["train"].categories
     dataset = {
         "format": FORMAT,
@@ -410,9 +412,8 @@ def _check_sums(split: str, file: CocoFile, shards: list[dict]) -> None:
 
 
 def _check_rejected(
-    settings: RunSettings, files: dict[str, CocoFile], splits: dict[str, dict], lost: list[dict],
-    annotations_lost: list[dict], folder: Path,
-) -> None:  # fmt: skip
+    settings: RunSettings, files: dict[str, CocoFile], splits: dict[str, dict], lost: list[dict], folder: Path
+) -> None:
     total = sum(len(file.images) for file in files.values())
     first = "; ".join(f"{reject['file_name']}: {reject['reason']}" for reject in lost[:3])
     table = folder / "rejects.parquet"
@@ -428,9 +429,15 @@ def _check_rejected(
             f"all are listed in {table}.",
             1,
         )
-    faulty = [reject for reject in annotations_lost if reject["reason"] != CROWD]
-    total = sum(len(file.table) for file in files.values())
+
+
+def _check_annotations(settings: RunSettings, files: dict[str, CocoFile], lost: list[dict], folder: Path) -> None:
+    """Stop before images are read, if many annotations have a fault."""
+    faulty = [reject for reject in lost if reject["reason"] != CROWD]
+    total = sum(len(file.table) for file in files.values()) - (len(lost) - len(faulty))
+    table = folder / "rejects.parquet"
     if len(faulty) > settings.ingest.max_reject_fraction * total:
+        pq.write_table(pa.Table.from_pylist(lost, REJECTS), table)
         first = "; ".join(f"id {reject['annotation_id']}: {reject['reason']}" for reject in faulty[:3])
         raise UserError(
             f"{len(faulty)} of {total} annotations were rejected, more than ingest.max_reject_fraction="

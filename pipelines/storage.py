@@ -112,6 +112,8 @@ def _below(folder: str, above: tuple[Path, ...] = ()) -> Iterator[str]:
     above = (*above, Path(os.path.realpath(folder)))
     with os.scandir(folder) as entries:
         for entry in entries:
+            if not os.path.exists(entry.path):
+                continue  # a link to nothing, or round to itself
             if not entry.is_dir():
                 yield entry.path
             elif not any(place.is_relative_to(os.path.realpath(entry.path)) for place in above):

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from joblib import cpu_count
 from torch import Tensor
 
 from detr.batch import normalise
@@ -146,7 +147,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    use_machine(context.get_local_world_size())
+    beside = context.get_local_world_size()  # workers on this machine, itself one
+    use_machine(beside)
 
     model, ema, criterion, optimizer, messages = set_up(settings, [c["name"] for c in dataset["categories"]], device)
     base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -157,7 +159,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     feed = open_feed(
         dataset_folder, "train", settings.model, options.augment, settings.ingest.max_pixels, options.batch_size,
         settings.seed, rank, workers, first_model(settings.model, options),
-        preparing=max(1, (os.cpu_count() or 1) - 1) if device.type == "cuda" else None,
+        preparing=max(1, (cpu_count() // beside - 1) if device.type == "cuda" else cpu_count() // beside // 2),
     )  # fmt: skip
     state: dict[str, Any] = {"step": 0, "best_AP": -1.0, "best_AP50": 0.0, "best_step": 0, "stale": 0}
     torch.manual_seed(settings.seed * 1000 + rank)  # dropout differs between workers, weights do not
@@ -190,7 +192,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 group["lr"] = rate * factor
             losses, norm = train_step(net, criterion, optimizer, batch, step, settings, rank)
             update_average(ema, model, options.ema_decay)
-            for epoch in arrivals.add(step, batch["counts"].tolist(), sum_over_workers):
+            for epoch in arrivals.add(step, batch, sum_over_workers):
                 log.epoch(step + 1, epoch)
             state["step"] = step = step + 1
             budget.tick(step)
@@ -235,7 +237,7 @@ def uses_gpu(settings: RunSettings) -> bool:
 
 def use_machine(workers: int = 1) -> None:
     """All cores, which the workers of a machine share (Ray tells its own one thread each), and TF32 where there is."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(max(1, cpu_count() // workers))
     torch.set_float32_matmul_precision("high")
 
 

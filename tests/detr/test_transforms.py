@@ -435,7 +435,7 @@ def test_input_size_enlarges_only_when_asked():
     published = ModelConfig()
     assert input_size(published, 100, 80) == (1000, 800)
     assert input_size(published, 2000, 500) == (1332, 333)
-    assert input_size(tiny, 1, 600) == (1, 600) and input_size(published, 3000, 1) == (3000, 1)  # no side is nothing
+    assert input_size(tiny, 1, 600) == (1, 256) and input_size(published, 60000, 3) == (1333, 1)  # no side is nothing
 
 
 # ---------------------------------------------------------------- batches

@@ -137,25 +137,34 @@ def test_nothing_is_dropped_where_epochs_meet(dataset):
 def test_what_came_of_an_epoch_is_counted_and_a_lost_image_is_noticed(dataset):
     """Eleven images with ten boxes, two workers with batches of two: an epoch ends in the midst of a batch."""
     feeds = [feed(dataset, batch_size=2, rank=rank, workers=2) for rank in (0, 1)]
-    counts = [[[row % 3 for _, row in one.indices(step)] for step in range(9)] for one in feeds]
 
-    def run(first, counts):
+    def come(one, step):
+        rows = [row for _, row in one.indices(step)]
+        return {"image_ids": torch.tensor(rows), "counts": torch.tensor([row % 3 for row in rows])}
+
+    def run(first, lost=None):
         """As the first worker sees it, which here adds the other's itself."""
         one, other = (Arrivals(one, first) for one in feeds)
         found = []
         for step in range(first, 9):
-            for position, boxes in enumerate(counts[1][step], step * 4 + 2):
-                seen = other.seen.setdefault(position // 11, [0, 0])
-                seen[:] = seen[0] + 1, seen[1] + boxes
-            found += one.add(step, counts[0][step], lambda mine: np.add(mine, other.seen.pop(one.epoch)).tolist())
+            mine, theirs = (come(each, step) for each in feeds)
+            if step == lost:
+                mine["image_ids"][1] = mine["image_ids"][0]  # one comes twice, another not at all
+            for position, image in enumerate(theirs["image_ids"].tolist(), step * 4 + 2):
+                other.seen.setdefault(position // 11, {})[image] = image % 3
+
+            def both(numbers):
+                seen = other.seen.pop(one.epoch)
+                return [numbers[0] + len(seen), numbers[1] + sum(seen.values())]
+
+            found += one.add(step, mine, both)
         return found
 
-    assert run(0, counts) == [{"epoch": n, "images": 11, "boxes": 10} for n in (1, 2, 3)]
-    rest = run(4, counts)  # 16 images were before, 5 of them of the second epoch
+    assert run(0) == [{"epoch": n, "images": 11, "boxes": 10} for n in (1, 2, 3)]
+    rest = run(4)  # 16 images were before, 5 of them of the second epoch
     assert [(seen["epoch"], seen["images"]) for seen in rest] == [(2, 6), (3, 11)] and rest[0]["boxes"] < 10
-    counts[1][3] = counts[1][3][1:]
     with pytest.raises(RuntimeError, match="In epoch 2 10 of 11 images came to the training"):
-        run(0, counts)
+        run(0, lost=3)
 
 
 def test_two_workers_see_what_one_worker_with_twice_the_batch_sees(dataset):
@@ -235,11 +244,12 @@ class Asked:
 def asked(monkeypatch):
     import ray
 
-    actors = [Asked(), Asked()]
+    actors, cancelled = [Asked(), Asked()], []
+    actors[0].cancelled = cancelled
     monkeypatch.setattr(module, "_start_preparers", lambda feed, number: actors)
     monkeypatch.setattr(module, "_as_tensors", lambda batch: batch)
     monkeypatch.setattr(ray, "get", lambda piece: piece)
-    monkeypatch.setattr(ray, "cancel", lambda piece: None)
+    monkeypatch.setattr(ray, "cancel", lambda piece: cancelled.append(piece))
     return actors
 
 
@@ -253,6 +263,8 @@ def test_images_have_their_full_size_from_the_step_that_is_decided_on_the_way(da
         if step + 1 == decided:
             known[0] = decided + later
     assert given == [(step, step < decided + later) for step in range(150)]
+    left = [batch for piece in asked[0].cancelled for batch in piece]  # what nobody wants is not prepared first
+    assert left and all(small and step >= decided + later for step, small in left)
 
 
 def test_so_much_is_prepared_ahead_as_fits_in_turns(dataset, asked, monkeypatch):

@@ -163,6 +163,7 @@ def test_links_are_followed_but_not_round_and_round(tmp_path):
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "day" / "up").symlink_to(tmp_path / "photos")
     (tmp_path / "photos" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "photos" / "self").symlink_to("self")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos" / "day")  # whose `up` leads here again
     found = list_files(tmp_path / "photos", recursive=True)
     assert {name: info.size for name, info in found.items()} == {
