@@ -21,7 +21,7 @@ def run(script: str, *arguments: str) -> dict:
 @pytest.mark.ray
 def test_feed_measures_every_side(tmp_path):
     found = run("feed.py", "--images", "8", "--rounds", "1", "--seconds", "0.5", "--workers", "2")
-    assert found["sides"].keys() == {"ours", "DataLoader, PIL", "DataLoader, uint8"}
+    assert found["sides"].keys() == {"ours", "ours, normalised here", "DataLoader, PIL", "DataLoader, uint8"}
     assert all(side[0]["images_per_second"] > 0 for side in found["sides"].values()) and found["ratio_to_PIL"] > 0
 
 
