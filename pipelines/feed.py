@@ -89,7 +89,8 @@ class Arrivals:
     def add(
         self, step: int, batch: dict[str, Tensor], sum_over_workers: Callable[[list[int]], list[int]]
     ) -> list[dict[str, int]]:
-        """Count the batch of a step -> {"epoch": from 1, "images", "boxes"} of every epoch that is over with it.
+        """Count the batch of a step -> {"epoch": from 1, "images", "boxes"} of every epoch that is over with it, boxes
+        as they are after augmentation.
 
         Every worker has to call it for every step. After a restart in the middle of an epoch only the rest of it is
         counted. Raises RuntimeError if images of an epoch did not come, or one came twice to a worker.
