@@ -117,7 +117,7 @@ class OurLearner:
         factor = lr_factor(step, share, options)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        train_step(self.model, self.criterion, self.optimizer, batch, step, self.settings, 0)
+        train_step(self.model, self.criterion, self.optimizer, [batch], step, self.settings)
         update_average(self.ema, self.model, options.ema_decay)
 
     def detector(self) -> Detector:

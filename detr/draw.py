@@ -164,6 +164,24 @@ def draw_queries(boxes: np.ndarray) -> Image.Image:
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
+def picture_grid(images: list[Image.Image], width: int = 1200, columns: int = 3, gap: int = 8) -> Image.Image:
+    """Pictures in rows that fill the width, those of a row equally high and none cropped."""
+    sheet = Image.new("RGB", (width, 0), "white")
+    for start in range(0, len(images), columns):
+        row = images[start : start + columns]
+        shapes = sum(image.width / image.height for image in row)
+        height = min((width - gap * (len(row) - 1)) / shapes, width / 2)
+        taller = Image.new("RGB", (width, sheet.height + round(height) + (gap if start else 0)), "white")
+        taller.paste(sheet)
+        x = 0.0
+        for image in row:
+            size = max(1, round(height * image.width / image.height)), max(1, round(height))
+            taller.paste(image.resize(size, Image.Resampling.LANCZOS), (round(x), taller.height - size[1]))
+            x += size[0] + gap
+        sheet = taller
+    return sheet
+
+
 def _canvas(image: Image.Image, boxes) -> tuple[Image.Image, np.ndarray]:
     """The RGB copy to draw on, and the boxes in its pixels, float64 [N, 4]."""
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)

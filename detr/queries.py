@@ -6,6 +6,7 @@ the best of dense proposals as anchors) and Li et al. 2022 (DN-DETR: denoising).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -63,14 +64,16 @@ class DenoisingQueries:
 
 
 def make_denoising_queries(
-    targets: list[dict[str, Tensor]], config: DenoisingConfig, num_classes: int, generator: torch.Generator
-) -> DenoisingQueries | None:
+    targets: list[dict[str, Tensor]], config: DenoisingConfig, num_classes: int,
+    generators: Iterable[torch.Generator], most: int = 0,
+) -> DenoisingQueries | None:  # fmt: skip
     """`config.groups` noised copies of every image's boxes, or None when the batch has no box.
 
-    Fewer where that would make more queries than MOST_DENOISING for an image; one copy always.
-    Noise is drawn on the CPU from the generator: labels are replaced with probability label_noise; each
-    corner moves by up to box_noise times half the box's size, those of negatives by once to twice as much. Nothing is
-    copied back from the targets' device.
+    Fewer where that would make more queries than MOST_DENOISING for an image; one copy always. most: boxes of the
+    fullest image anywhere in the step, where that is none of these, so that all workers make as many copies.
+    Noise is drawn on the CPU, each image's from a generator of its own: labels are replaced with probability
+    label_noise; each corner moves by up to box_noise times half the box's size, those of negatives by once to twice as
+    much. Nothing is copied back from the targets' device.
     """
     counts = [len(t["labels"]) for t in targets]
     slots = max(counts, default=0)
@@ -78,10 +81,10 @@ def make_denoising_queries(
         return None
     device = targets[0]["boxes"].device
     width = slots * (1 + config.negatives)
-    groups = min(config.groups, max(1, MOST_DENOISING // width))
+    groups = min(config.groups, max(1, MOST_DENOISING // (max(slots, most) * (1 + config.negatives))))
     drawn, positives = [], []
     first = made = 0
-    for i, count in enumerate(counts):
+    for i, (count, generator) in enumerate(zip(counts, generators, strict=False)):
         for start in range(0, groups * width, slots):
             negative = config.negatives and start % width > 0
             flip = torch.rand(count, generator=generator) < config.label_noise

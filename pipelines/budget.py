@@ -4,14 +4,13 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from pipelines.feed import Feed
 from pipelines.settings import TrainSettings, parse_budget
 from pipelines.stage import read_json, write_json
+from pipelines.workers import of_first_worker
 
 MEASURE_FROM, MEASURE_TO = 20, 120  # steps whose speed turns a budget in minutes into steps
 SLACK = 1.1  # a step takes this much longer on average than at the median
@@ -28,7 +27,7 @@ class Budget:
 
     def __init__(self, options: TrainSettings, feed: Feed, folder: Path, state: dict[str, float] | None = None):
         amount, unit = parse_budget(options.budget)
-        self.validations, self.rank = options.validations, feed.rank
+        self.validations, self.leads = options.validations, 0 in feed.mine
         self.file = folder / "budget.json"
         self.seconds = amount if unit == "seconds" else None
         self.part = options.first_share if feed.first else 0.0
@@ -82,7 +81,7 @@ class Budget:
             at = self.full_from + min(MEASURE_TO, max(1, rest // 4)) if self.part else self.steps // 2
             self.again = at if first and step < at < self.steps else None
             self.durations.clear()
-            if self.rank == 0:
+            if self.leads:
                 write_json(self.file, {
                     "format": 2, "steps": self.steps, "full_from": self.full_from, "cost": self.cost,
                     "again": self.again,
@@ -148,21 +147,3 @@ def lr_factor(step: int, share: float | None, options: TrainSettings) -> float:
 
 def _whole(steps: float) -> int:
     return max(1, int(steps))
-
-
-def sum_over_workers(values: list[int]) -> list[int]:
-    """Sums of the workers' numbers, on all workers, every one of which has to ask."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, values)
-    return [sum(numbers) for numbers in zip(*gathered, strict=True)]
-
-
-def of_first_worker(value: Any) -> Any:
-    """The first worker's value, on all workers, every one of which has to ask."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

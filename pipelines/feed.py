@@ -1,10 +1,10 @@
 """Shards -> augmented, padded batches, prepared ahead by Ray.
 
 The training images are one endless stream: epoch after epoch, each a permutation of the dataset. Step s
-takes the images [s * global batch, (s + 1) * global batch), and worker r of n takes its n-th part. What a
-batch holds is a pure function of seed, dataset, step and worker, so that a resumed run sees what a straight
-run would have seen, and nothing is dropped at the end of an epoch. Images of like shape share a batch, so that
-little of it is padding.
+takes the images [s * global batch, (s + 1) * global batch), in as many parts as there are to be workers. What a
+part holds is a pure function of seed, dataset, step and part, so that a resumed run sees what a straight run would
+have seen, also with fewer workers, which take more parts each; and nothing is dropped at the end of an epoch.
+Images of like shape share a batch, so that little of it is padding.
 """
 from __future__ import annotations
 
@@ -87,19 +87,18 @@ class Arrivals:
         self.seen: dict[int, dict[int, int]] = {}  # of every epoch, the boxes of each image by its id
 
     def add(
-        self, step: int, batch: dict[str, Tensor], sum_over_workers: Callable[[list[int]], list[int]]
+        self, step: int, batches: list[dict[str, Tensor]], sum_over_workers: Callable[[list[int]], list[int]]
     ) -> list[dict[str, int]]:
-        """Count the batch of a step -> {"epoch": from 1, "images", "boxes"} of every epoch that is over with it, boxes
-        as they are after augmentation.
+        """Count the batches of a step -> {"epoch": from 1, "images", "boxes"} of every epoch that is over with it,
+        boxes as they are after augmentation.
 
         Every worker has to call it for every step. After a restart in the middle of an epoch only the rest of it is
         counted. Raises RuntimeError if images of an epoch did not come, or one came twice to a worker.
         """
-        first = step * self.global_batch + self.feed.rank * self.feed.batch_size
-        for position, (image, boxes) in enumerate(
-            zip(batch["image_ids"].tolist(), batch["counts"].tolist(), strict=True), first
-        ):
-            self.seen.setdefault(position // self.feed.images, {})[image] = boxes
+        for batch in batches:
+            rows = zip(batch["image_ids"].tolist(), batch["counts"].tolist(), strict=True)
+            for position, (image, boxes) in enumerate(rows, int(batch["position"])):
+                self.seen.setdefault(position // self.feed.images, {})[image] = boxes
         found = []
         while (self.epoch + 1) * self.feed.images <= (step + 1) * self.global_batch:
             mine = self.seen.pop(self.epoch, {})
@@ -114,8 +113,9 @@ class Arrivals:
 
 @dataclass(frozen=True)
 class Feed:
-    """All that decides what worker `rank` of `workers` sees at each step.
+    """All that decides what a worker sees at each step, which `workers` share.
 
+    mine: this worker's parts of a step, of as many as there are to be workers: more than one where some are missing.
     first: the model as it sees smaller images in the first part of the training, or None (progressive resizing, Howard
     2018, DAWNBench; a network learns sooner from few pixels, and small objects need more of them at the end).
     preparing: so many processes of this machine prepare the worker's batches, no more than MOST_PREPARERS; by default
@@ -130,8 +130,8 @@ class Feed:
     max_pixels: int
     batch_size: int
     seed: int
-    rank: int = 0
     workers: int = 1
+    mine: tuple[int, ...] = (0,)
     first: ModelConfig | None = None
     preparing: int | None = None
 
@@ -147,9 +147,13 @@ class Feed:
         """What a step of the first part costs, about, where one at full size costs 1."""
         return (self.first.image_size / self.model.image_size) ** (2 * COST_POWER) if self.first else 1.0
 
-    def indices(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, row of the dataset) of each image of this worker's batch at a step."""
-        first = (step * self.workers + self.rank) * self.batch_size
+    def position(self, step: int, part: int) -> int:
+        """Images of the stream before those of a part of a step."""
+        return (step * self.workers + part) * self.batch_size
+
+    def indices(self, step: int, part: int = 0) -> list[tuple[int, int]]:
+        """(epoch, row of the dataset) of each image of a part of a step."""
+        first = self.position(step, part)
         positions = range(first, first + self.batch_size)
         return [(p // self.images, int(self.order(p // self.images)[p % self.images])) for p in positions]
 
@@ -157,16 +161,17 @@ class Feed:
         """The dataset's rows in the order of an epoch."""
         return _epoch_order(self.folder, self.shards, self.seed, epoch, self.batch_size * self.workers)
 
-    def batch(self, step: int, small: bool = False) -> dict[str, Tensor]:
-        """The batch of a step, small as in the first part of the training or at full size.
+    def batch(self, step: int, small: bool = False, part: int | None = None) -> dict[str, Tensor]:
+        """A part of a step, by default this worker's first; small as in the first part of the training, or full size.
 
         `images` uint8 [B, 3, H, W], `sizes` [B, 2] (h, w), `counts` [B], `labels` [T], `boxes` [T, 4] (cxcywh in 0..1),
-        `image_ids` [B], `step` [1].
+        `image_ids` [B], `step` [1], `position` [1] (images of the stream before these).
         """
         images, labels, boxes, ids = [], [], [], []
+        part = self.mine[0] if part is None else part
         model = self.first if small and self.first else self.model
         starts = np.cumsum((0, *self.rows))
-        for epoch, index in self.indices(step):
+        for epoch, index in self.indices(step, part):
             shard = int(np.searchsorted(starts, index, side="right")) - 1
             opened = _shard(self.folder, self.shards[shard])
             row = index - int(starts[shard])
@@ -186,6 +191,7 @@ class Feed:
             "boxes": torch.cat(boxes),
             "image_ids": torch.tensor(ids),
             "step": torch.tensor([step]),
+            "position": torch.tensor([self.position(step, part)]),
         }
 
     def _prepare(
@@ -228,8 +234,9 @@ class Feed:
     def stream(
         self, first_step: int, last_step: int | None = None, full_from: Callable[[], int | None] = lambda: 0
     ) -> Iterator[dict[str, Tensor]]:
-        """Batches from a step on, up to last_step or without end, prepared ahead by actors of this machine.
+        """This worker's batches from a step on, to last_step or without end, prepared ahead by actors of this machine.
 
+        As many for each step as it has parts, one after another.
         `images` must not be written to: they are Ray's own memory. full_from: gives the step from which images have
         their full size. As long as it gives None they are small. When it is known, what was prepared too small is left,
         and prepared anew.
@@ -239,7 +246,7 @@ class Feed:
         """
         import ray
 
-        pixels = 3 * self.model.image_max_size**2 * self.batch_size
+        pixels = 3 * self.model.image_max_size**2 * self.batch_size * len(self.mine)
         steps = min(max(1, PIECE_BYTES // pixels), 16)
         actors = _start_preparers(self, min(MOST_PREPARERS, self.preparing or max(1, cpu_count() // 2)))
         ahead = max(len(actors) + 1, AHEAD_BYTES // (steps * pixels))
@@ -257,7 +264,9 @@ class Feed:
                     asked = due[-1].end
                 if step == due[0].first or batches is None:
                     batches = ray.get(due[0].batches)
-                yield _as_tensors(batches[step - due[0].first])
+                at = (step - due[0].first) * len(self.mine)
+                for batch in batches[at : at + len(self.mine)]:
+                    yield _as_tensors(batch)
                 step += 1
                 if step == due[0].end:
                     due.popleft()
@@ -269,13 +278,14 @@ class Feed:
 
 def open_feed(
     folder: Path, split: str, model: ModelConfig, augment: AugmentSettings, max_pixels: int, batch_size: int,
-    seed: int, rank: int = 0, workers: int = 1, first: ModelConfig | None = None, preparing: int | None = None,
+    seed: int, workers: int = 1, mine: tuple[int, ...] = (0,), first: ModelConfig | None = None,
+    preparing: int | None = None,
 ) -> Feed:  # fmt: skip
     """A feed over a split of an ingested dataset."""
     shards = read_json(folder / "dataset.json")["splits"][split]["shards"]
     return Feed(
         str(folder), tuple(s["path"] for s in shards), tuple(s["rows"] for s in shards), model, augment,
-        max_pixels, batch_size, seed, rank, workers, first, preparing,
+        max_pixels, batch_size, seed, workers, mine, first, preparing,
     )  # fmt: skip
 
 
@@ -366,8 +376,8 @@ class _Preparer:
 
     def batches(self, first: int, end: int, small: bool) -> list[dict[str, np.ndarray]]:
         """As NumPy arrays, which Ray hands over without copying them."""
-        steps = (self.feed.batch(step, small) for step in range(first, end))
-        return [{key: value.numpy() for key, value in batch.items()} for batch in steps]
+        found = (self.feed.batch(step, small, part) for step in range(first, end) for part in self.feed.mine)
+        return [{key: value.numpy() for key, value in batch.items()} for batch in found]
 
 
 def _as_tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:

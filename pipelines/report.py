@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from detr.draw import class_colours, draw_truth_and_detections
+from detr.draw import class_colours, draw_truth_and_detections, picture_grid
 from pipelines.evaluate import coco_truth, detections_to_coco, match_detections
 from pipelines.look import Finding
 from pipelines.settings import RunSettings, UserError
@@ -79,7 +79,7 @@ def report(
         pictures = [{"name": name, "source": _jpeg(image)} for name, image in drawn]
         if drawn:
             grid_path = folder / "validation_grid.png"
-            _grid([image for _, image in drawn]).save(grid_path, optimize=True)
+            picture_grid([image for _, image in drawn]).save(grid_path, optimize=True)
     if past["steps"] or past["validations"]:
         curves_path = folder / "curves.png"
         _curves(past).savefig(curves_path, dpi=150)
@@ -380,24 +380,6 @@ def _jpeg(image: Image.Image) -> str:
     data = io.BytesIO()
     image.save(data, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-def _grid(images: list[Image.Image], width: int = 1200, columns: int = 3, gap: int = 8) -> Image.Image:
-    """Pictures in rows that fill the width, those of a row equally high and none cropped."""
-    sheet = Image.new("RGB", (width, 0), "white")
-    for start in range(0, len(images), columns):
-        row = images[start : start + columns]
-        shapes = sum(image.width / image.height for image in row)
-        height = min((width - gap * (len(row) - 1)) / shapes, width / 2)
-        taller = Image.new("RGB", (width, sheet.height + round(height) + (gap if start else 0)), "white")
-        taller.paste(sheet)
-        x = 0.0
-        for image in row:
-            size = max(1, round(height * image.width / image.height)), max(1, round(height))
-            taller.paste(image.resize(size, Image.Resampling.LANCZOS), (round(x), taller.height - size[1]))
-            x += size[0] + gap
-        sheet = taller
-    return sheet
 
 
 def _figure(width: float = 5.6, height: float = 3.3):

@@ -117,7 +117,14 @@ class AugmentSettings(Settings):
 class TrainSettings(Settings):
     budget: Budget = Field("12 minutes", description="'300 epochs', '5000 steps' or '12 minutes'")
     batch_size: int = Field(8, gt=0, description="images per worker and step")
-    num_workers: int = Field(1, gt=0, description="Ray Train workers")
+    num_workers: int = Field(1, gt=0, description="Ray Train workers, each of which takes batch_size images a step")
+    min_workers: int | None = Field(
+        None, gt=0, description="go on with so few when others are lost, until they are back; by default wait for all"
+    )
+    max_failures: int = Field(3, ge=-1, description="how often to go on after a worker was lost; -1: always")
+    micro_batches: int = Field(
+        1, gt=0, description="compute a worker's batch in so many parts, one after another: less memory, the same step"
+    )
     use_gpu: bool | None = Field(None, description="by default, whether the cluster has GPUs")
     precision: Literal["float32", "bfloat16"] = "float32"
     optimizer: Literal["adamw", "muon"] = Field(
@@ -145,6 +152,17 @@ class TrainSettings(Settings):
         0.6, ge=0, lt=1, description="share of the time with first_image_size; 0: no such part"
     )
     validations: int = Field(6, gt=0, description="how often AP is measured during the training")
+    validation: Literal["auto", "inline", "beside"] = Field(
+        "auto", description="AP is measured by the workers in between (inline) or by a task while they go on (beside); "
+        "auto: beside where the cluster has a GPU more than workers",
+    )
+    checkpoint_minutes: float = Field(
+        10.0, gt=0, description="a checkpoint to go on from at least so often, also between validations"
+    )
+    storage: str | None = Field(
+        None, description="a folder or s3:// prefix for checkpoints while a training runs, which all machines reach; "
+        "by default in the store",
+    )
     patience: int = Field(
         0, ge=0, description="stop after so many validations without a better AP; 0: never. (A cosine schedule gains "
         "most at its end: give it a budget instead.)",

@@ -6,6 +6,7 @@ Credentials, region and endpoint of S3 come from the usual AWS_* variables.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import posixpath
 import re
@@ -19,6 +20,7 @@ import pyarrow.fs as pafs
 
 from pipelines.settings import UserError
 
+COPIED_AT_ONCE = 2**24  # bytes
 ASKING, WORKING = 3, 10  # times S3 is tried: a wrong address is to be said soon, a night's work outlasts a busy store
 
 
@@ -133,6 +135,26 @@ def fetch(uri: str | Path, folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{uri} cannot be read: {explain(error)}", 2) from error
     return copy
+
+
+def copy_verified(folder: Path, fs: pafs.FileSystem, place: str) -> None:
+    """Copy a local folder to `place` of a file system, and read every file back.
+
+    Raises OSError where one cannot be written, or is not what was written.
+    """
+    for source in sorted(path for path in folder.rglob("*") if path.is_file()):
+        target = f"{place}/{source.relative_to(folder).as_posix()}"
+        fs.create_dir(posixpath.dirname(target), recursive=True)
+        written, found = hashlib.sha256(), hashlib.sha256()
+        with source.open("rb") as file, fs.open_output_stream(target) as out:
+            while piece := file.read(COPIED_AT_ONCE):
+                written.update(piece)
+                out.write(piece)
+        with fs.open_input_stream(target) as file:
+            while piece := file.read(COPIED_AT_ONCE):
+                found.update(piece)
+        if written.digest() != found.digest():
+            raise OSError(f"{target} is not what was written to it; the storage is not to be trusted")
 
 
 def read_file(uri: str | Path, largest: int | None = None) -> tuple[bytes | None, str | None]:

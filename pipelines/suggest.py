@@ -121,9 +121,9 @@ def measure(settings: RunSettings, dataset_folder: Path, size: int, use_gpu: boo
         model, _, criterion, optimizer, _ = set_up(settings, names, device)
         for step in range(WARM_UP + TIMED):
             batch = feed.batch(step)
-            batch = {k: v if k in ("counts", "image_ids") else v.to(device) for k, v in batch.items()}
+            batch = {k: v if k in ("counts", "image_ids", "position") else v.to(device) for k, v in batch.items()}
             began = time.perf_counter()
-            train_step(model, criterion, optimizer, batch, step, settings, 0)
+            train_step(model, criterion, optimizer, [batch], step, settings)
             if use_gpu:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - began)

@@ -2,50 +2,62 @@
 
 The driver (`train`) starts the workers and follows their progress file; each worker runs `train_loop`. What
 decides anything (budget in minutes, best checkpoint) decides at fixed steps, so that an interrupted run ends
-as a straight one does.
+as a straight one does. A step is made of as many parts as there are to be workers; where some are missing the
+others take their parts, too, so that the number of workers changes nothing but the time it takes.
 """
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import math
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.fs as pafs
 import torch
 from joblib import cpu_count
 from torch import Tensor
 
 from detr.batch import normalise
-from detr.checkpoint import CheckpointError, init_from, load_backbone, save_checkpoint
-from detr.criterion import SetCriterion
+from detr.checkpoint import CheckpointError, init_from, load_backbone
+from detr.criterion import SetCriterion, Window, find_window
 from detr.matcher import NonFiniteOutputs
 from detr.model import DETR, count_parameters
 from detr.optimizer import MuonAdamW, build_optimizer
 from detr.queries import make_denoising_queries
-from pipelines.budget import Budget, lr_factor, of_first_worker, sum_over_workers
+from pipelines.budget import Budget, lr_factor
 from pipelines.detect import Detector
-from pipelines.evaluate import check_ids, coco_metrics, coco_truth, detect_rows, detections_to_coco
-from pipelines.feed import Arrivals, Feed, first_model, open_feed
+from pipelines.feed import Arrivals, first_model, open_feed
 from pipelines.fit import fit_to_data
-from pipelines.progress import console, duration, progress
+from pipelines.progress import console
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
-from pipelines.shards import read_split, split_shards
+from pipelines.shards import flat_values, read_split
 from pipelines.stage import read_json, write_json
-from pipelines.storage import fetch, filesystem
+from pipelines.storage import WORKING, explain, fetch, filesystem, locate
 from pipelines.tracking import Tracker
+from pipelines.training_log import LOG_EVERY, PROGRESS, Follower, TrainingLog, read_history
+from pipelines.training_state import (
+    MODEL,
+    checkpoint_folder,
+    finish_model,
+    load_state,
+    random_state,
+    set_random_state,
+    sweep_orphans,
+    upload,
+)
+from pipelines.validation import sample_predictions, validate, validate_checkpoint
+from pipelines.workers import gather_over_workers, of_first_worker, sum_over_workers
 
-LOG_EVERY = 20  # steps
-PROGRESS = "progress.jsonl"
+LESS_MEMORY = "Raise train.micro_batches, set train.recompute=true, or lower train.batch_size."
+FAILED = "failed.json"  # what ended the training that the user can mend, said once and not tried again
 
 
 def train(
@@ -69,6 +81,7 @@ def train(
 
     folder = Path(folder).resolve()
     dataset = read_json(dataset_folder / "dataset.json")
+    check_labels(dataset_folder, dataset)
     settings, fitted = fit_to_data(find_weights(settings), dataset_folder)
     if fitted:
         console.print(f"Fitted to the data: {'; '.join(fitted)}.")
@@ -82,6 +95,12 @@ def train(
         record = dataset["splits"][split]
         tracker.log_dataset(run_id, f"{dataset['name']}-{split}", record["digest"], context, dataset["source"])
 
+    fs, storage = checkpoint_storage(settings, folder)
+    for orphan in sweep_orphans(fs, f"{storage}/run"):
+        console.print(f"  Deleted {orphan}, whose upload was cut off.")
+    (folder / FAILED).unlink(missing_ok=True)
+    options = settings.train
+    beside = _validates_beside(settings, use_gpu)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
@@ -90,25 +109,38 @@ def train(
             "folder": str(folder),
             "tracker": tracker,
             "run_id": run_id,
+            "beside": beside,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.train.num_workers,
+            num_workers=(options.min_workers, options.num_workers) if options.min_workers else options.num_workers,
             use_gpu=use_gpu,
             resources_per_worker={"GPU": 1, "CPU": 1} if use_gpu else {"CPU": 1},
         ),
         run_config=ray.train.RunConfig(
             name="run",
-            storage_path=str(folder / "ray"),
+            storage_path=storage,
+            storage_filesystem=fs,
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="AP", checkpoint_score_order="max"
             ),
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
         ),
-    )
+        validation_config=ray.train.ValidationConfig(
+            fn=validate_checkpoint,
+            task_config=ray.train.ValidationTaskConfig(fn_kwargs={
+                "settings": settings.model_dump(mode="json"), "dataset_folder": str(Path(dataset_folder).resolve()),
+                "log": str(folder / PROGRESS), "tracker": asdict(tracker), "run_id": run_id,
+                "device": "cuda" if use_gpu else "cpu",
+            }),
+            ray_remote_kwargs={"num_cpus": 1, "num_gpus": int(use_gpu), "max_retries": 3},
+        ) if beside else None,
+    )  # fmt: skip
     status = "FAILED"
     try:
-        with _Follower(folder / PROGRESS, name):
+        with Follower(folder / PROGRESS, name):
             result = trainer.fit()
+        if (folder / FAILED).is_file():
+            raise UserError(read_json(folder / FAILED)["error"])
         if result.error is not None:
             raise result.error
         status = "FINISHED"
@@ -116,18 +148,22 @@ def train(
         status = "KILLED"
         raise
     except ray.train.TrainingFailedError as error:
-        raise _explain(error) from error
+        raise _explain(error, folder) from error
     finally:
         tracker.end_run(run_id, status)
 
     summary = result.return_value
     if summary["stopped_early"]:
         console.print(f"  Stopped at step {summary['steps']}: no better AP in {settings.train.patience} validations.")
-    best = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], pair[1]["step"]))[0]
+    best, found = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], pair[1]["step"]))
+    if beside:
+        summary |= {"AP": max(found["AP"], 0.0), "AP50": found["AP50"], "best_step": found["step"]}
     with best.as_directory() as place:
         part = folder / ".checkpoint"
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(Path(place) / "model", part)
+        shutil.copytree(Path(place) / MODEL, part)
+        if beside and "metrics" in found:
+            finish_model(part, found["metrics"])
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         os.replace(part, folder / "checkpoint")
     tracker.log_file(run_id, folder / "checkpoint", "checkpoint")
@@ -136,8 +172,61 @@ def train(
     return {"checkpoint": "checkpoint", "history": "history.json", "run_id": run_id, **summary}
 
 
+def checkpoint_storage(settings: RunSettings, folder: Path) -> tuple[pafs.FileSystem, str]:
+    """Where checkpoints go up while a training runs: its own folder below train.storage, or in `folder`.
+
+    Raises UserError where that cannot be reached.
+    """
+    given = settings.train.storage
+    if given is None:
+        return pafs.LocalFileSystem(), str(folder / "ray")
+    filesystem(given)  # says what is wrong with it, soon
+    fs, place = locate(given, WORKING)
+    return fs, f"{place}/{folder.name}"
+
+
+def _validates_beside(settings: RunSettings, use_gpu: bool) -> bool:
+    """Whether AP is measured by a task beside the training: as told, else where a GPU is left for it."""
+    import ray
+
+    told = settings.train.validation
+    if told == "auto":
+        return use_gpu and ray.cluster_resources().get("GPU", 0) > settings.train.num_workers
+    return told == "beside"
+
+
+def check_labels(dataset_folder: Path, dataset: dict[str, Any]) -> None:
+    """Raise UserError for a label the dataset's label map does not have, which would end the training later on."""
+    classes = len(dataset["categories"])
+    rows = read_split(dataset_folder, "train", ["file_name", "labels"])
+    labels = flat_values(rows["labels"])
+    if len(labels) and (labels.min() < 0 or labels.max() >= classes):
+        name, label = next(
+            (row["file_name"], label) for row in rows.to_pylist() for label in row["labels"] if not 0 <= label < classes
+        )
+        raise UserError(
+            f"{name} in {dataset_folder} has the label {label}, and the label map ends at {classes - 1}: the shards do "
+            "not belong to their dataset.json. Delete the folder and ingest again."
+        )
+
+
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """What every Ray Train worker runs; the first worker's return value is the summary."""
+    said = Path(config["folder"]) / FAILED
+    if said.is_file():  # started again after what would only happen again
+        return {}
+    try:
+        return _train_loop(config)
+    except Exception as error:
+        explained = explain_failure(error, config)
+        if explained is None:
+            raise
+        with contextlib.suppress(OSError):  # the disk may be full, and then it is tried again
+            write_json(said, {"format": 1, "error": str(explained)})
+        raise explained from error
+
+
+def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
@@ -147,8 +236,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    beside = context.get_local_world_size()  # workers on this machine, itself one
-    use_machine(beside)
+    near = context.get_local_world_size()  # workers on this machine, itself one
+    use_machine(near)
 
     model, ema, criterion, optimizer, messages = set_up(settings, [c["name"] for c in dataset["categories"]], device)
     base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -158,62 +247,68 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
     feed = open_feed(
         dataset_folder, "train", settings.model, options.augment, settings.ingest.max_pixels, options.batch_size,
-        settings.seed, rank, workers, first_model(settings.model, options),
-        preparing=max(1, (cpu_count() // beside - 1) if device.type == "cuda" else cpu_count() // beside // 2),
+        settings.seed, options.num_workers, tuple(range(rank, options.num_workers, workers)),
+        first_model(settings.model, options),
+        preparing=max(1, (cpu_count() // near - 1) if device.type == "cuda" else cpu_count() // near // 2),
     )  # fmt: skip
-    state: dict[str, Any] = {"step": 0, "best_AP": -1.0, "best_AP50": 0.0, "best_step": 0, "stale": 0}
+    state: dict[str, Any] = {
+        "step": 0, "best_AP": -1.0, "best_AP50": 0.0, "best_step": 0, "stale": 0, "validated": 0,
+    }  # fmt: skip
     torch.manual_seed(settings.seed * 1000 + rank)  # dropout differs between workers, weights do not
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as place:
-            saved = torch.load(Path(place) / "state.pt", map_location=device, weights_only=True)
-        state = saved["progress"]
+            saved = load_state(Path(place), device)
+        state |= saved["progress"]
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"].cpu())
-    log = _Log(folder / PROGRESS, config["tracker"], config["run_id"], rank == 0)
+        if rank < len(saved["rng"]):
+            set_random_state(saved["rng"][rank])
+    log = TrainingLog(folder / PROGRESS, config["tracker"], config["run_id"], rank == 0)
     log.start(state["step"], messages, count_parameters(model), workers, feed)
+    if workers < options.num_workers:
+        log.say(f"{workers} of {options.num_workers} workers are there; they do the others' parts, too.")
 
     budget = Budget(options, feed, folder, state.get("budget"))
     state["budget"] = budget.state
     arrivals = Arrivals(feed, state["step"])
     batches = feed.stream(state["step"], budget.last_step, lambda: budget.full_from)
+    kept, seconds_between = time.monotonic(), 60 * options.checkpoint_minutes
     try:
         while not budget.is_spent(state["step"]) and not _is_stale(state, options):
             step = state["step"]
             budget.start()
-            batch = {
-                k: v if k in ("counts", "image_ids") else v.to(device, non_blocking=True)  # those are read here
-                for k, v in next(batches).items()
-            }
+            parts = [_to_device(next(batches), device) for _ in feed.mine]
             factor = lr_factor(step, budget.share(step), options)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
-            losses, norm = train_step(net, criterion, optimizer, batch, step, settings, rank)
+            losses, norm = train_step(net, criterion, optimizer, parts, step, settings)
             update_average(ema, model, options.ema_decay)
-            for epoch in arrivals.add(step, batch, sum_over_workers):
+            for epoch in arrivals.add(step, parts, sum_over_workers):
                 log.epoch(step + 1, epoch)
             state["step"] = step = step + 1
             budget.tick(step)
-            rate, images = optimizer.param_groups[0]["lr"], options.batch_size * workers
+            rate, images = optimizer.param_groups[0]["lr"], options.batch_size * options.num_workers
             log.step(step, budget.steps, budget.share(step), losses, norm, rate, images)
-            if budget.validation_is_due(step):
+            due = budget.validation_is_due(step)
+            if due or (step % LOG_EVERY == 0 and of_first_worker(time.monotonic() - kept > seconds_between)):
                 with log.paused():
-                    metrics = {"AP": 0.0, "AP50": 0.0}
-                    if rank == 0:
+                    state["validated"] += due
+                    _even_buffers(model, ema)
+                    metrics = None
+                    if due and config["beside"]:
+                        _learn_of_validations(state, options)
+                    elif due:
                         size = settings.evaluate.batch_size
                         detector = Detector(ema.module, dataset["categories"], batch_size=size, device=device)
-                        metrics = validate(detector, dataset, dataset_folder, settings)
-                        log.validation(step, metrics)
-                        first = step <= budget.full_from  # AP is of full size, which it has not seen yet
-                        better = first or metrics["AP"] > state["best_AP"]
-                        state["stale"] = 0 if better else state["stale"] + 1
-                        if metrics["AP"] >= state["best_AP"]:
-                            state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
-                    if options.patience:
-                        state["stale"] = of_first_worker(state["stale"])
-                    _report(rank, model, ema, optimizer, state, metrics, dataset, settings)
+                        metrics = validate(detector, dataset, dataset_folder, settings, rank, workers)
+                        _count_validation(state, step, metrics, first=step <= budget.full_from)
+                        if rank == 0:
+                            some = sample_predictions(detector, dataset, dataset_folder, settings)
+                            log.validation(step, metrics, some)
+                    _keep(rank, model, ema, optimizer, state, metrics, dataset, settings, due and config["beside"])
+                    kept = time.monotonic()
     finally:
         batches.close()
     return {
@@ -226,6 +321,62 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         "images_per_second": log.images_per_second(),
         "parameters": count_parameters(model)[0],
     }
+
+
+def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """All of a batch that is not read on the host."""
+    host = ("counts", "image_ids", "position")
+    return {k: v if k in host else v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def _even_buffers(model: DETR, ema: torch.optim.swa_utils.AveragedModel) -> None:
+    """The first worker's running statistics of batch norms, on all workers: each saw its own images."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for buffer in (*model.buffers(), *ema.buffers()):
+            torch.distributed.broadcast(buffer, 0)
+
+
+def _keep(
+    rank: int, model: DETR, ema: torch.optim.swa_utils.AveragedModel, optimizer: torch.optim.AdamW | MuonAdamW,
+    state: dict[str, Any], metrics: dict[str, Any] | None, dataset: dict[str, Any], settings: RunSettings,
+    validate_it: bool,
+) -> None:  # fmt: skip
+    """Hand Ray Train the metrics and, from the first worker, a checkpoint; back when that is stored and verified."""
+    import ray.train
+
+    numbers = {"step": state["step"], "validated": state["validated"], "AP": -1.0, "AP50": 0.0}  # while not known
+    if metrics is not None:
+        numbers |= {"AP": metrics["AP"], "AP50": metrics["AP50"]}
+    rng = gather_over_workers(random_state())
+    if rank != 0:
+        ray.train.report(numbers)
+        return
+    with checkpoint_folder(model, ema, optimizer, rng, state, metrics, dataset, settings) as place:
+        made = ray.train.Checkpoint.from_directory(place)
+        ray.train.report(numbers, checkpoint=made, checkpoint_upload_fn=upload, validation=validate_it)
+
+
+def _count_validation(state: dict[str, Any], step: int, metrics: dict[str, Any], first: bool) -> None:
+    """Note a validation, and how many there were since AP got better.
+
+    first: AP is of images at full size, which the model has not seen yet; so it cannot have got worse.
+    """
+    better = first or metrics["AP"] > state["best_AP"]
+    state["stale"] = 0 if better else state["stale"] + 1
+    if metrics["AP"] >= state["best_AP"]:
+        state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
+
+
+def _learn_of_validations(state: dict[str, Any], options: TrainSettings) -> None:
+    """Where somebody has patience: await the validations beside the training up to the one before this."""
+    import ray.train
+
+    if not options.patience:
+        return
+    known = [x.metrics for x in ray.train.get_all_reported_checkpoints() if x.metrics["AP"] >= 0]
+    if known:
+        best = max(known, key=lambda metrics: metrics["AP"])
+        state["stale"] = of_first_worker(state["validated"] - 1 - best["validated"])
 
 
 def uses_gpu(settings: RunSettings) -> bool:
@@ -265,59 +416,77 @@ def set_up(
 
 def train_step(
     net: torch.nn.Module, criterion: SetCriterion, optimizer: torch.optim.AdamW | MuonAdamW,
-    batch: dict[str, Tensor], step: int, settings: RunSettings, rank: int,
+    parts: list[dict[str, Tensor]], step: int, settings: RunSettings,
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """One optimiser step -> (losses, gradient norm), left on the device."""
+    """One optimiser step on this worker's parts of it -> (losses, gradient norm), left on the device.
+
+    Each part is computed in `train.micro_batches`, one after another. The mean of the workers' losses is that of all
+    images at once, and so are the gradients. Raises UserError for outputs that are not finite.
+    """
     options, model = settings.train, settings.model
-    images, mask = normalise(batch["images"], batch["sizes"])
+    parts = [micro for part in parts for micro in _split(part, options.micro_batches)]
+    window = find_window([count for part in parts for count in part["counts"].tolist()], model.num_queries, len(parts))
+    net.train()
+    net.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for number, part in enumerate(parts, 1):
+        waits = number < len(parts) and isinstance(net, torch.nn.parallel.DistributedDataParallel)
+        with net.no_sync() if waits else contextlib.nullcontext():  # gradients are brought together once
+            losses = _losses(net, criterion, part, step, settings, window)
+            total = criterion.total(losses)
+            total.backward()
+        for name, value in {**losses, "loss": total}.items():
+            value = value.detach()
+            sums[name] = sums[name] + value if name in sums else value
+    limit = options.clip_max_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], limit)
+    optimizer.step()
+    return sums, norm
+
+
+def _losses(
+    net: torch.nn.Module, criterion: SetCriterion, part: dict[str, Tensor], step: int, settings: RunSettings,
+    window: Window,
+) -> dict[str, Tensor]:  # fmt: skip
+    model, options = settings.model, settings.train
+    images, mask = normalise(part["images"], part["sizes"])
     images = images.contiguous(memory_format=torch.channels_last)
-    counts = batch["counts"].tolist()
+    counts = part["counts"].tolist()
     targets = [
         {"labels": labels, "boxes": boxes}
-        for labels, boxes in zip(batch["labels"].split(counts), batch["boxes"].split(counts), strict=True)
+        for labels, boxes in zip(part["labels"].split(counts), part["boxes"].split(counts), strict=True)
     ]
-    # A generator of the step's own: the noise does not depend on what came before.
-    seed = np.random.SeedSequence((settings.seed, step, rank)).generate_state(1)[0]
-    generator = torch.Generator().manual_seed(int(seed))
-    denoising = make_denoising_queries(targets, model.denoising, model.num_classes, generator)
-    net.train()
+    first = int(part["position"])
+    noise = (_generator(settings.seed, position) for position in range(first, first + len(counts)))
+    denoising = make_denoising_queries(targets, model.denoising, model.num_classes, noise, window.most)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
         outputs = net(images, mask, denoising)
     try:
-        losses = criterion(outputs, targets, denoising)
+        return criterion(outputs, targets, denoising, window)
     except NonFiniteOutputs as error:
-        ids = [int(batch["image_ids"][i]) for i in error.images]
+        ids = [int(part["image_ids"][i]) for i in error.images]
         raise UserError(
             f"The model's outputs stopped being finite at step {step}, on the images with ids {ids}; the last good "
             f"checkpoint is kept. Lower train.lr (it is {options.lr:g}) or train.clip_max_norm and start again."
         ) from error
-    total = criterion.total(losses)
-    net.zero_grad(set_to_none=True)
-    total.backward()
-    limit = options.clip_max_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], limit)
-    optimizer.step()
-    return {**losses, "loss": total.detach()}, norm
 
 
-@torch.inference_mode()
-def validate(
-    detector: Detector, dataset: dict[str, Any], dataset_folder: Path, settings: RunSettings
-) -> dict[str, Any]:
-    """COCO metrics of a detector on the split "val", every image once."""
-    tables = []
-    for shard in split_shards(dataset_folder, "val"):  # one at a time: the images need not fit in memory together
-        images = pq.read_table(shard, columns=["image_id", "file_name", "image"])
-        tables.append(detect_rows(detector, images, settings.ingest.max_pixels))
-    found = pa.concat_tables(tables)
-    rows = read_split(dataset_folder, "val", ["image_id", "file_name", "width", "height", "annotations"])
-    check_ids(found["image_id"].to_pylist(), rows["image_id"].to_pylist(), "val")
-    metrics = coco_metrics(
-        coco_truth(rows, dataset["categories"]), detections_to_coco(found, dataset["categories"]),
-        settings.evaluate.max_dets,
-    )  # fmt: skip
-    # Without any ground truth there is no AP; training goes on and the report says so in words.
-    return {**metrics, "AP": metrics["AP"] or 0.0, "AP50": metrics["AP50"] or 0.0}
+def _split(batch: dict[str, Tensor], number: int) -> Iterator[dict[str, Tensor]]:
+    """A batch in so many parts of like size, or fewer where it has not as many images."""
+    counts = batch["counts"].tolist()
+    size = math.ceil(len(counts) / number)
+    for start in range(0, len(counts), size):
+        images, boxes = slice(start, start + size), slice(sum(counts[:start]), sum(counts[: start + size]))
+        yield {
+            **{key: batch[key][images] for key in ("images", "sizes", "counts", "image_ids")},
+            **{key: batch[key][boxes] for key in ("labels", "boxes")},
+            "position": batch["position"] + start,
+        }
+
+
+def _generator(seed: int, position: int) -> torch.Generator:
+    """An image's own: its noise does not depend on what came before, nor on what else is in its batch."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, position)).generate_state(1)[0]))
 
 
 def find_weights(settings: RunSettings) -> RunSettings:
@@ -371,190 +540,31 @@ def update_average(ema: torch.optim.swa_utils.AveragedModel, model: torch.nn.Mod
     ema.update_parameters(model)
 
 
-def _report(
-    rank: int, model: DETR, ema: torch.optim.swa_utils.AveragedModel, optimizer: torch.optim.AdamW | MuonAdamW,
-    state: dict[str, Any], metrics: dict[str, Any], dataset: dict[str, Any], settings: RunSettings,
-) -> None:  # fmt: skip
-    """Hand Ray Train the metrics and, from the first worker, a checkpoint: state to go on with, and the model."""
-    import ray.train
-
-    numbers = {"AP": metrics["AP"], "AP50": metrics["AP50"], "step": state["step"]}
-    if rank != 0:
-        ray.train.report(numbers)
-        return
-    with tempfile.TemporaryDirectory() as place:
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
-                "progress": state,
-            },
-            Path(place) / "state.pt",
+def explain_failure(error: BaseException, config: dict[str, Any]) -> UserError | None:
+    """What ended a worker and the user can mend, in a sentence; None for all else."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return UserError(f"A worker's memory does not hold a training step. {LESS_MEMORY} The last checkpoint is kept.")
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if full or "No space left" in text or "disk is full" in text or "PytorchStreamWriter failed" in text:
+        places = ", ".join(sorted({config["folder"], tempfile.gettempdir()}))
+        return UserError(
+            f"A disk is full (used are {places}{' and train.storage' * bool(config['settings']['train']['storage'])}); "
+            "free some space and run the same command, which goes on from the last checkpoint."
         )
-        best = metrics.get("best_f1") or {}
-        save_checkpoint(
-            Path(place) / "model",
-            ema.module,
-            dataset["categories"],
-            score_threshold=best.get("threshold") or 0.5,
-            dataset_digest=dataset["digest"],
-            trained={"step": state["step"], "seed": settings.seed, "images_per_step": settings.train.batch_size},
-            metrics={k: v for k, v in metrics.items() if k != "precision_recall"},
+    if isinstance(error, OSError) and config["settings"]["train"]["storage"]:
+        return UserError(
+            f"A checkpoint could not be stored: {explain(error)} Run the same command to go on from the last one."
         )
-        ray.train.report(numbers, checkpoint=ray.train.Checkpoint.from_directory(place))
+    return None
 
 
-class _Log:
-    """Losses, rates and AP to a JSON-lines file and to MLflow, from the first worker."""
-
-    def __init__(self, path: Path, tracker: Tracker, run_id: str, active: bool):
-        self.path, self.tracker, self.run_id, self.active = path, tracker, run_id, active
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-        self.since = time.monotonic()
-        self.rates: list[float] = []
-        self.per_epoch = 1.0
-
-    def start(self, step: int, messages: list[str], parameters: tuple[int, int], workers: int, feed: Feed) -> None:
-        self.per_epoch = feed.steps_per_epoch()
-        self._write({"event": "start", "step": step, "messages": messages, "parameters": parameters[0],
-                     "trainable": parameters[1], "workers": workers, "epoch_images": feed.images})  # fmt: skip
-
-    def step(
-        self, step: int, steps: int | None, share: float | None, losses: dict[str, Tensor], norm: Tensor, lr: float,
-        images: int,
-    ) -> None:  # fmt: skip
-        """Add up on the device; one transfer every LOG_EVERY steps."""
-        for name, value in {**losses, "grad_norm": norm}.items():
-            value = value.detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
-        if step % LOG_EVERY and step != steps:
-            return
-        values = torch.stack([value.float() for value in self.sums.values()]).cpu() / self.count
-        means = dict(zip(self.sums, values.tolist(), strict=True))
-        rate = images * self.count / (time.monotonic() - self.since)
-        self.rates.append(rate)
-        shown = {k: round(v, 5) for k, v in means.items() if k in ("loss", "loss_ce", "loss_bbox", "loss_giou")}
-        self._write({"event": "step", "step": step, "steps": steps, "share": share,
-                     "epoch": round(step / self.per_epoch, 3), **shown, "lr": lr,
-                     "images_per_second": round(rate, 2)})  # fmt: skip
-        self._track({**{f"train/{k}": v for k, v in means.items()}, "lr": lr, "images_per_second": rate}, step)
-        self.sums, self.count, self.since = {}, 0, time.monotonic()
-
-    def epoch(self, step: int, seen: dict[str, int]) -> None:
-        """What came of an epoch that is over."""
-        self._write({"event": "epoch", "step": step, **seen})
-        self._track({"train/epoch_images": seen["images"], "train/epoch_boxes": seen["boxes"]}, step)
-
-    def validation(self, step: int, metrics: dict[str, Any]) -> None:
-        self._write({"event": "validation", "step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})
-        numbers = {f"val/{k}": v for k, v in metrics.items() if k.startswith("A") and v is not None}
-        per_class = {f"val/AP/{c['name']}": c["AP"] for c in metrics["per_class"] if c["AP"] is not None}
-        self._track({**numbers, **per_class}, step)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """For what is no training, and does not count in images per second."""
-        began = time.monotonic()
-        yield
-        self.since += time.monotonic() - began
-
-    def images_per_second(self) -> float:
-        return round(float(np.median(self.rates)), 2) if self.rates else 0.0
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self.active:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def _track(self, metrics: dict[str, float], step: int) -> None:
-        if self.active:
-            self.tracker.log_metrics(self.run_id, metrics, step)
-
-
-def read_progress(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a progress file."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):
-                yield json.loads(line)
-
-
-def read_history(path: Path) -> dict[str, Any]:
-    """Steps and validations of a run; those done again after an interruption count once."""
-    steps, validations = {}, {}
-    for record in read_progress(path):
-        kind = record.pop("event")
-        if kind == "step":
-            steps[record["step"]] = record
-        elif kind == "validation":
-            validations[record["step"]] = record
-    return {
-        "format": 1,
-        "steps": [steps[k] for k in sorted(steps)],
-        "validations": [validations[k] for k in sorted(validations)],
-    }
-
-
-class _Follower:
-    """Shows a progress file on stderr while the training runs elsewhere."""
-
-    def __init__(self, path: Path, name: str):
-        self.path, self.name = path, name
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        self.seen = sum(1 for _ in read_progress(self.path))
-        self.thread.start()
-
-    def __exit__(self, *error) -> None:
-        self.stop.set()
-        self.thread.join()
-
-    def _follow(self) -> None:
-        with progress() as bar:
-            task = bar.add_task("train", total=None, note="starting")
-            ap, done, began = "", False, None
-            while not done:
-                done = self.stop.wait(1.0)
-                records = list(read_progress(self.path))
-                for record in records[self.seen :]:
-                    if record["event"] == "start":
-                        began = None
-                        went_on = f", going on from step {record['step']}" if record["step"] else ""
-                        console.print(
-                            f"Training {record['trainable'] / 1e6:.1f} M of {record['parameters'] / 1e6:.1f} M "
-                            f"parameters on {record['epoch_images']} images, {record['workers']} worker(s){went_on}."
-                        )
-                        for message in record["messages"]:
-                            console.print(f"  {message}")
-                        bar.update(task, completed=record["step"])
-                    elif record["event"] == "validation":
-                        ap = f"AP {record['AP']:.3f}  "
-                        console.print(
-                            f"  step {record['step']}: AP {record['AP']:.3f}, AP50 {record['AP50']:.3f} on val"
-                        )
-                    elif record["event"] == "step":
-                        note = f"{ap}loss {record['loss']:.2f}, {record['images_per_second']:.0f} images/s"
-                        left, share = None, record["share"]
-                        if share is not None:  # by the share: steps may get slower
-                            began = began or (time.monotonic(), share)
-                            if share > began[1]:
-                                left = (time.monotonic() - began[0]) / (share - began[1]) * (1 - share)
-                        bar.update(task, completed=record["step"], total=record["steps"], note=note, left=left)
-                        if not console.is_terminal and record["step"] % (5 * LOG_EVERY) == 0:
-                            of = f" of {record['steps']}" if record["steps"] else ""
-                            still = f", {duration(left)} left" if left is not None else ""
-                            console.print(f"  step {record['step']}{of}: {note}{still}")
-                self.seen = len(records)
-
-
-def _explain(error: Exception) -> UserError:
-    """The sentence of a UserError a worker raised, or the last line of what went wrong."""
+def _explain(error: Exception, folder: Path) -> UserError:
+    """The sentence of a UserError a worker raised, or what became of the workers."""
+    if (folder / FAILED).is_file():
+        return UserError(read_json(folder / FAILED)["error"])
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
         cause: BaseException | None = failure
@@ -563,4 +573,9 @@ def _explain(error: Exception) -> UserError:
                 return cause
             cause = cause.__cause__
     text = str(error).strip().splitlines()
+    if any("died" in str(failure) or "HealthCheck" in type(failure).__name__ for failure in failures.values()):
+        return UserError(
+            "A training worker died without a word, again and again: most often the system ends it because memory runs "
+            f"out. {LESS_MEMORY} The same command goes on from the last checkpoint."
+        )
     return UserError(f"The training failed: {text[-1] if text else type(error).__name__}")

@@ -1,6 +1,8 @@
 """The model, matcher and loss as a training loop relies on them: what must not change, and what must be said."""
 from __future__ import annotations
 
+from itertools import repeat
+
 import fill
 import pytest
 import torch
@@ -392,7 +394,7 @@ def test_one_copy_to_the_host_in_matching_losses_and_their_gradients(kind, count
     images, mask = some_images([(64, 96), (48, 64)])
     targets = some_targets(list(counts))
     with host_copies() as copies:
-        denoising = make_denoising_queries(targets, config.denoising, 4, torch.Generator().manual_seed(0))
+        denoising = make_denoising_queries(targets, config.denoising, 4, repeat(torch.Generator().manual_seed(0)))
         losses = criterion(model(images, mask, denoising), targets, denoising)
         criterion.total(losses).backward()
     assert copies.seen == ["cpu"] * (1 + config.two_stage)  # that of the proposals is a matching of its own
@@ -408,7 +410,7 @@ def test_every_trainable_weight_gets_a_finite_gradient(kind, counts, dtype):
     targets = some_targets(list(counts))
     denoising = None
     if kind == "denoising":
-        denoising = make_denoising_queries(targets, config.denoising, 4, torch.Generator().manual_seed(0))
+        denoising = make_denoising_queries(targets, config.denoising, 4, repeat(torch.Generator().manual_seed(0)))
         assert (denoising is None) == (sum(counts) == 0)
     criterion = SetCriterion(config, LOSS)
     losses = criterion(model(images.to(dtype), mask, denoising), targets, denoising)
@@ -484,7 +486,7 @@ def test_quality_loss_of_known_values():
 def test_denoising_losses_compare_each_query_with_the_box_it_was_made_from():
     targets = some_targets([3, 1])
     exact = ANCHORS.denoising.model_copy(update={"label_noise": 0.0, "box_noise": 0.0})
-    denoising = make_denoising_queries(targets, exact, 4, torch.Generator().manual_seed(0))
+    denoising = make_denoising_queries(targets, exact, 4, repeat(torch.Generator().manual_seed(0)))
     logits = torch.full((2, *denoising.labels.shape, 4), -20.0)
     logits.scatter_(-1, denoising.labels[None, ..., None].expand(2, -1, -1, 1), 20.0)
     # Padded slots stand for nothing and must predict nothing.

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import repeat
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_denoising_queries_do_not_reach_the_matched_ones(model, images):
-    denoising = make_denoising_queries(some_targets([3, 1]), CONFIG.denoising, 4, generator())
+    denoising = make_denoising_queries(some_targets([3, 1]), CONFIG.denoising, 4, repeat(generator()))
     with torch.no_grad():
         alone, together = model(*images), model(*images, denoising)
     assert "denoising" not in alone
@@ -73,7 +74,7 @@ def test_denoising_queries_do_not_reach_the_matched_ones(model, images):
 
 
 def test_a_denoising_group_does_not_see_another(model, images):
-    denoising = make_denoising_queries(some_targets([3, 1]), CONFIG.denoising, 4, generator())
+    denoising = make_denoising_queries(some_targets([3, 1]), CONFIG.denoising, 4, repeat(generator()))
     labels, boxes = denoising.labels.clone(), denoising.boxes.clone()
     labels[:, 3:6] = (labels[:, 3:6] + 1) % 4  # the second of three groups
     boxes[:, 3:6] = boxes[:, 3:6] * 0.5 + 0.2
@@ -87,7 +88,7 @@ def test_a_denoising_group_does_not_see_another(model, images):
 
 
 def test_who_may_attend_to_whom():
-    denoising = make_denoising_queries(some_targets([2, 1]), DenoisingConfig(groups=2), 4, generator())
+    denoising = make_denoising_queries(some_targets([2, 1]), DenoisingConfig(groups=2), 4, repeat(generator()))
     full, padded = denoising_mask(2, denoising)[:, 0].int().tolist()
     assert full == [
         [1, 1, 0, 0, 1, 1],
@@ -112,7 +113,7 @@ def test_an_image_is_denoised_as_if_it_were_alone(model, images, class_loss):
     none = {"labels": few["labels"][:0], "boxes": few["boxes"][:0]}
     losses = []
     for targets in ([few, none], [few, many]):
-        denoising = make_denoising_queries(targets, CONFIG.denoising, 4, generator())
+        denoising = make_denoising_queries(targets, CONFIG.denoising, 4, repeat(generator()))
         first = denoising.image == 0
         with torch.no_grad():
             out = net(pixels, mask, denoising)
@@ -135,7 +136,7 @@ def test_an_image_is_denoised_as_if_it_were_alone(model, images, class_loss):
 def test_queries_say_which_box_they_stand_for():
     targets = some_targets([3, 0, 1])
     config = DenoisingConfig(groups=4, label_noise=0.0, box_noise=0.0)
-    made = make_denoising_queries(targets, config, 4, generator())
+    made = make_denoising_queries(targets, config, 4, repeat(generator()))
     assert made.labels.shape == (3, 12) and made.boxes.shape == (3, 12, 4) and made.groups == 4
     labels, boxes = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes"))
     assert len(made.target) == 16 and torch.bincount(made.target).tolist() == [4, 4, 4, 4]
@@ -150,7 +151,7 @@ def test_queries_say_which_box_they_stand_for():
 def test_negatives_are_further_off_than_positives_and_stand_for_nothing():
     config = DenoisingConfig(groups=2, label_noise=0, box_noise=0.3, negatives=True)
     targets = some_targets([40, 30])
-    made = make_denoising_queries(targets, config, 4, generator())
+    made = make_denoising_queries(targets, config, 4, repeat(generator()))
     assert made.groups == 2 and made.labels.shape == (2, 160) and made.real.sum() == 4 * 70
     assert len(made.target) == 140 and set((made.query % 80).tolist()) == set(range(40))
     truth = torch.cat([t["boxes"] for t in targets]).double()
@@ -168,7 +169,7 @@ def test_negatives_are_further_off_than_positives_and_stand_for_nothing():
 def test_negatives_pull_scores_down_and_no_box(model, images):
     config = CONFIG.denoising.model_copy(update={"negatives": True})
     targets = some_targets([3, 2])
-    denoising = make_denoising_queries(targets, config, 4, generator())
+    denoising = make_denoising_queries(targets, config, 4, repeat(generator()))
     out = model(*images, denoising)
     criterion = SetCriterion(CONFIG, LossConfig())
     negative = denoising.real.clone()
@@ -182,33 +183,27 @@ def test_negatives_pull_scores_down_and_no_box(model, images):
     assert of_boxes[-1][negative].abs().max() == 0 and of_boxes[-1][denoising.image, denoising.query].abs().min() > 0
 
 
-@pytest.mark.parametrize("class_norm", ["device", "window"])
-def test_workers_with_nothing_to_denoise_ask_the_others_as_often(images, class_norm, monkeypatch):
-    """Else all would wait for each other."""
-    config = CONFIG.model_copy(update={"class_loss": "softmax", "two_stage": False})
-    net, criterion = DETR(config), SetCriterion(config, LossConfig(class_norm=class_norm))
-    targets, asked = some_targets([2, 1]), []
-    monkeypatch.setattr(SetCriterion, "_mean_over_workers", staticmethod(lambda value: asked.append(1) or value))
-    counts = []
-    for denoising in (None, make_denoising_queries(targets, config.denoising, 4, generator())):
-        asked.clear()
-        criterion(net(*images, denoising), targets, denoising)
-        counts.append(len(asked))
-    assert counts[0] == counts[1] > 0
-
-
 def test_crowded_images_get_fewer_groups():
     config = DenoisingConfig(groups=4)
     for most, groups in ((10, 4), (100, 4), (101, 3), (200, 2), (900, 1)):
-        made = make_denoising_queries(some_targets([most, 2]), config, 4, generator())
+        made = make_denoising_queries(some_targets([most, 2]), config, 4, repeat(generator()))
         assert made.groups == groups and made.labels.shape[1] == most * groups
         assert len(made.target) == (most + 2) * groups
+    made = make_denoising_queries(some_targets([3, 2]), config, 4, repeat(generator()), most=200)
+    assert made.groups == 2 and made.labels.shape[1] == 6  # as where another worker has the crowd
+
+
+def test_an_image_has_the_same_noise_whatever_else_is_in_its_batch():
+    targets = some_targets([3, 4])
+    both = make_denoising_queries(targets, CONFIG.denoising, 4, (generator(s) for s in (5, 6)))
+    alone = make_denoising_queries(targets[1:], CONFIG.denoising, 4, [generator(6)])
+    assert torch.equal(both.boxes[1], alone.boxes[0]) and torch.equal(both.labels[1], alone.labels[0])
 
 
 def test_noise_keeps_within_its_settings():
     targets = some_targets([200, 100])
     config = DenoisingConfig(groups=5, label_noise=0.4, box_noise=0.3)
-    made = make_denoising_queries(targets, config, 50, generator())
+    made = make_denoising_queries(targets, config, 50, repeat(generator()))
     labels, boxes = (torch.cat([t[key] for t in targets])[made.target] for key in ("labels", "boxes"))
     got = made.boxes[made.image, made.query]
     corner = torch.cat([got[:, :2] - got[:, 2:] / 2, got[:, :2] + got[:, 2:] / 2], 1)
@@ -223,14 +218,15 @@ def test_noise_keeps_within_its_settings():
 
 def test_the_generator_decides_the_noise():
     targets = some_targets([4, 2])
-    first, again, other = (make_denoising_queries(targets, CONFIG.denoising, 4, generator(s)) for s in (1, 1, 2))
+    made = (make_denoising_queries(targets, CONFIG.denoising, 4, repeat(generator(seed))) for seed in (1, 1, 2))
+    first, again, other = made
     assert torch.equal(first.boxes, again.boxes) and torch.equal(first.labels, again.labels)
     assert not torch.equal(first.boxes, other.boxes)
 
 
 def test_nothing_to_denoise_without_boxes_or_groups():
-    assert make_denoising_queries(some_targets([0, 0]), CONFIG.denoising, 4, generator()) is None
-    assert make_denoising_queries(some_targets([2, 1]), DenoisingConfig(groups=0), 4, generator()) is None
+    assert make_denoising_queries(some_targets([0, 0]), CONFIG.denoising, 4, repeat(generator())) is None
+    assert make_denoising_queries(some_targets([2, 1]), DenoisingConfig(groups=0), 4, repeat(generator())) is None
 
 
 # ---------------------------------------------------------------- anchors
@@ -310,7 +306,7 @@ def test_no_target_is_matched_to_padding():
 def test_a_step_in_bfloat16_with_proposals_has_finite_gradients(images, mal_gamma, counts):
     torch.manual_seed(0)
     model, targets = DETR(CONFIG).train(), some_targets(counts)
-    denoising = make_denoising_queries(targets, CONFIG.denoising, 4, generator())
+    denoising = make_denoising_queries(targets, CONFIG.denoising, 4, repeat(generator()))
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(*images, denoising)
     criterion = SetCriterion(CONFIG, LossConfig(mal_gamma=mal_gamma))

@@ -1,0 +1,201 @@
+"""What a training says of itself: a JSON-lines file, MLflow, and a bar for the person who started it."""
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.feed import Feed
+from pipelines.progress import console, duration, progress
+from pipelines.tracking import Tracker
+from pipelines.workers import gather_over_workers
+
+LOG_EVERY = 20  # steps
+PROGRESS = "progress.jsonl"
+
+
+class TrainingLog:
+    """Losses, rates and AP to a JSON-lines file and to MLflow.
+
+    active: false in workers but the first, who only tell it their losses.
+    """
+
+    def __init__(self, path: Path, tracker: Tracker, run_id: str, active: bool = True):
+        self.path, self.tracker, self.run_id, self.active = path, tracker, run_id, active
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.since = time.monotonic()
+        self.rates: list[float] = []
+        self.per_epoch = 1.0
+
+    def start(self, step: int, messages: list[str], parameters: tuple[int, int], workers: int, feed: Feed) -> None:
+        self.per_epoch = feed.steps_per_epoch()
+        self._write({"event": "start", "step": step, "messages": messages, "parameters": parameters[0],
+                     "trainable": parameters[1], "workers": workers, "epoch_images": feed.images})  # fmt: skip
+
+    def step(
+        self, step: int, steps: int | None, share: float | None, losses: dict[str, Tensor], norm: Tensor, lr: float,
+        images: int,
+    ) -> None:  # fmt: skip
+        """Add up on the device; one transfer every LOG_EVERY steps, when all workers' losses are brought together.
+
+        images: of a step, of all workers.
+        """
+        for name, value in {**losses, "grad_norm": norm}.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        if step % LOG_EVERY and step != steps:
+            return
+        values = torch.stack([value.float() for value in self.sums.values()]).cpu() / self.count
+        everyone = gather_over_workers(dict(zip(self.sums, values.tolist(), strict=True)))
+        # A worker without a box has no loss of denoising; their mean is the loss of the step (detr.criterion.Window).
+        names = dict.fromkeys(name for mine in everyone for name in mine)
+        means = {name: sum(mine.get(name, 0.0) for mine in everyone) / len(everyone) for name in names}
+        rate = images * self.count / (time.monotonic() - self.since)
+        self.rates.append(rate)
+        shown = {k: round(v, 5) for k, v in means.items() if k in ("loss", "loss_ce", "loss_bbox", "loss_giou")}
+        memory = {}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            memory = {"gpu_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+        self._write({"event": "step", "step": step, "steps": steps, "share": share,
+                     "epoch": round(step / self.per_epoch, 3), **shown, "lr": lr,
+                     "images_per_second": round(rate, 2), **memory})  # fmt: skip
+        numbers = {f"train/{k}": v for k, v in means.items()}
+        self._track({**numbers, "lr": lr, "images_per_second": rate, **memory}, step)
+        self.sums, self.count, self.since = {}, 0, time.monotonic()
+
+    def epoch(self, step: int, seen: dict[str, int]) -> None:
+        """What came of an epoch that is over."""
+        self._write({"event": "epoch", "step": step, **seen})
+        self._track({"train/epoch_images": seen["images"], "train/epoch_boxes": seen["boxes"]}, step)
+
+    def say(self, sentence: str) -> None:
+        """A sentence for the person who started the training."""
+        self._write({"event": "message", "text": sentence})
+
+    def validation(self, step: int, metrics: dict[str, Any], picture: Image.Image | None = None) -> None:
+        """What a validation found, and some of its images with truth and detections."""
+        if not self.active:
+            return
+        self._write({"event": "validation", "step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})
+        numbers = {f"val/{k}": v for k, v in metrics.items() if k.startswith("A") and v is not None}
+        per_class = {f"val/AP/{c['name']}": c["AP"] for c in metrics["per_class"] if c["AP"] is not None}
+        self._track({**numbers, **per_class}, step)
+        if picture is not None:
+            with tempfile.TemporaryDirectory() as place:
+                path = Path(place) / f"step_{step:06}.jpg"
+                picture.save(path, quality=85)
+                self.tracker.log_file(self.run_id, path, "predictions")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is no training, and does not count in images per second."""
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
+
+    def images_per_second(self) -> float:
+        return round(float(np.median(self.rates)), 2) if self.rates else 0.0
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.active:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _track(self, metrics: dict[str, float], step: int) -> None:
+        if self.active:
+            self.tracker.log_metrics(self.run_id, metrics, step)
+
+
+def read_progress(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a progress file."""
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.endswith("}"):
+                yield json.loads(line)
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """Steps and validations of a run; those done again after an interruption count once."""
+    steps, validations = {}, {}
+    for record in read_progress(path):
+        kind = record.pop("event")
+        if kind == "step":
+            steps[record["step"]] = record
+        elif kind == "validation":
+            validations[record["step"]] = record
+    return {
+        "format": 1,
+        "steps": [steps[k] for k in sorted(steps)],
+        "validations": [validations[k] for k in sorted(validations)],
+    }
+
+
+class Follower:
+    """Shows a progress file on stderr while the training runs elsewhere."""
+
+    def __init__(self, path: Path, name: str):
+        self.path, self.name = path, name
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self.seen = sum(1 for _ in read_progress(self.path))
+        self.thread.start()
+
+    def __exit__(self, *error) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def _follow(self) -> None:
+        with progress() as bar:
+            task = bar.add_task("train", total=None, note="starting")
+            ap, done, began = "", False, None
+            while not done:
+                done = self.stop.wait(1.0)
+                records = list(read_progress(self.path))
+                for record in records[self.seen :]:
+                    if record["event"] == "start":
+                        began = None
+                        went_on = f", going on from step {record['step']}" if record["step"] else ""
+                        console.print(
+                            f"Training {record['trainable'] / 1e6:.1f} M of {record['parameters'] / 1e6:.1f} M "
+                            f"parameters on {record['epoch_images']} images, {record['workers']} worker(s){went_on}."
+                        )
+                        for message in record["messages"]:
+                            console.print(f"  {message}")
+                        bar.update(task, completed=record["step"])
+                    elif record["event"] == "message":
+                        console.print(f"  {record['text']}")
+                    elif record["event"] == "validation":
+                        ap = f"AP {record['AP']:.3f}  "
+                        console.print(
+                            f"  step {record['step']}: AP {record['AP']:.3f}, AP50 {record['AP50']:.3f} on val"
+                        )
+                    elif record["event"] == "step":
+                        note = f"{ap}epoch {record['epoch']:.1f}, loss {record['loss']:.2f}, "
+                        note += f"{record['images_per_second']:.0f} images/s"
+                        if "gpu_memory_gb" in record:
+                            note += f", {record['gpu_memory_gb']:.1f} GB"
+                        left, share = None, record["share"]
+                        if share is not None:  # by the share: steps may get slower
+                            began = began or (time.monotonic(), share)
+                            if share > began[1]:
+                                left = (time.monotonic() - began[0]) / (share - began[1]) * (1 - share)
+                        bar.update(task, completed=record["step"], total=record["steps"], note=note, left=left)
+                        if not console.is_terminal and record["step"] % (5 * LOG_EVERY) == 0:
+                            of = f" of {record['steps']}" if record["steps"] else ""
+                            still = f", {duration(left)} left" if left is not None else ""
+                            console.print(f"  step {record['step']}{of}: {note}{still}")
+                self.seen = len(records)
