@@ -49,7 +49,7 @@ from torchvision.ops import box_convert
 from detr.config import ModelConfig
 from detr.model import count_parameters
 from detr.transforms import input_size, resize_to, to_uint8
-from pipelines.budget import lr_factor
+from pipelines.budget import lr_factor, to_steps
 from pipelines.detect import Detector
 from pipelines.feed import Feed, first_model, open_feed
 from pipelines.fit import fit_to_data
@@ -103,8 +103,8 @@ def make_settings(
 class OurLearner:
     """A model of this project, trained as pipelines/train.py does."""
 
-    def __init__(self, settings: RunSettings, categories: list[dict[str, Any]], device: torch.device):
-        self.settings, self.categories, self.device = settings, categories, device
+    def __init__(self, settings: RunSettings, categories: list[dict[str, Any]], device: torch.device, feed: Feed):
+        self.settings, self.categories, self.device, self.feed = settings, categories, device, feed
         names = [category["name"] for category in categories]
         self.model, self.ema, self.criterion, self.optimizer, _ = set_up(settings, names, device)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -114,7 +114,7 @@ class OurLearner:
         """One step, when this share of the time is spent. Raises UserError where the numbers stop being finite."""
         options = self.settings.train
         batch = {k: v if k in ("counts", "image_ids") else v.to(self.device) for k, v in batch.items()}
-        factor = lr_factor(step, share, options)
+        factor = lr_factor(step, share, options, self.feed)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         train_step(self.model, self.criterion, self.optimizer, [batch], step, self.settings)
@@ -128,8 +128,8 @@ class OurLearner:
 class FasterRCNNLearner:
     """torchvision's Faster R-CNN from random weights, with its usual recipe."""
 
-    def __init__(self, settings: RunSettings, categories: list[dict[str, Any]], device: torch.device):
-        self.settings, self.device = settings, device
+    def __init__(self, settings: RunSettings, categories: list[dict[str, Any]], device: torch.device, feed: Feed):
+        self.settings, self.device, self.feed = settings, device, feed
         torch.manual_seed(settings.seed)
         # Without weights all layers train, and their norms. The feed has resized the images already.
         self.model = fasterrcnn_resnet50_fpn(
@@ -145,7 +145,7 @@ class FasterRCNNLearner:
         images, targets = faster_rcnn_inputs(batch)
         images = [image.to(self.device) for image in images]
         targets = [{key: value.to(self.device) for key, value in target.items()} for target in targets]
-        warmup = min(1.0, (step + 1) / max(1, self.settings.train.warmup_steps))
+        warmup = min(1.0, (step + 1) / max(1, to_steps(self.settings.train.warmup, self.feed)))
         self.optimizer.param_groups[0]["lr"] = self.rate * warmup * 0.1 ** sum(share >= drop for drop in DROPS)
         self.model.train()
         loss = sum(self.model(images, targets).values())
@@ -220,11 +220,11 @@ def measure(
     settings, _ = fit_to_data(settings, dataset_folder)
     model, options = settings.model, settings.train
     make = FasterRCNNLearner if side == FASTER_RCNN else OurLearner
-    learner = make(settings, dataset["categories"], device)
     feed = open_feed(
         dataset_folder, "train", model, options.augment, settings.ingest.max_pixels, options.batch_size, settings.seed,
         first=first_model(model, options),
     )  # fmt: skip
+    learner = make(settings, dataset["categories"], device, feed)
     ahead = _Steps(feed, options.first_share)
     # One process, two batches ahead: so little is prepared while AP is measured that it is no head start.
     batches = iter(DataLoader(ahead, batch_size=None, sampler=itertools.count(), num_workers=1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.feed import Feed
-from pipelines.settings import TrainSettings, parse_budget
+from pipelines.settings import TrainSettings, parse_budget, parse_length
 from pipelines.stage import read_json, write_json
 from pipelines.workers import of_first_worker
 
@@ -46,7 +46,7 @@ class Budget:
                     known[key] for key in ("steps", "full_from", "cost", "again")
                 )
         else:
-            self.steps = max(1, math.ceil(amount * feed.steps_per_epoch()) if unit == "epochs" else round(amount))
+            self.steps = to_steps(options.budget, feed)
             self.full_from = round(self.steps * self.part / (self.part + (1 - self.part) * self.cost))
 
     @property
@@ -130,19 +130,36 @@ class Budget:
         return step + _whole((self.seconds - self.state["spent"]) / pace), self.full_from, cost
 
 
-def lr_factor(step: int, share: float | None, options: TrainSettings) -> float:
-    """What the learning rates are multiplied with at a step: linear warm-up, then the schedule.
+def to_steps(length: str, feed: Feed) -> int:
+    """The steps that a length in steps, epochs or images takes with the feed's workers, the last of them whole.
+
+    Raises ValueError as `parse_length`.
+    """
+    amount, unit = parse_length(length)
+    steps = {
+        "steps": amount, "epochs": amount * feed.steps_per_epoch(), "images": amount / (feed.batch_size * feed.workers)
+    }  # fmt: skip
+    return math.ceil(steps[unit])
+
+
+def lr_factor(step: int, share: float | None, options: TrainSettings, feed: Feed) -> float:
+    """What the learning rates are multiplied with at a step: for the workers, linear warm-up, then the schedule.
 
     share: of the training that is over before the step. While that is not known (a budget in minutes being measured)
-    the schedule is at its start.
+    the schedule is at its start, but for a drop after a length of its own.
     """
-    warmup = min(1.0, (step + 1) / options.warmup_steps) if options.warmup_steps else 1.0
-    if share is None:
-        return warmup
+    warmup = to_steps(options.warmup, feed)
+    factor = options.rate_factor() * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
     if options.lr_schedule == "step":
-        return warmup * (1.0 if share < options.lr_drop else 0.1)
+        if isinstance(options.lr_drop, str):
+            dropped = step >= to_steps(options.lr_drop, feed)
+        else:
+            dropped = share is not None and share >= options.lr_drop
+        return factor * (0.1 if dropped else 1.0)
+    if share is None:
+        return factor
     fallen = min(1.0, max(0.0, share - options.lr_flat) / (1 - options.lr_flat))
-    return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
+    return factor * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
 
 
 def _whole(steps: float) -> int:

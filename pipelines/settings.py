@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from detr.config import FOCAL_WEIGHTS, PRESETS, LossConfig, ModelConfig, Settings
 
@@ -34,35 +35,70 @@ class UserError(Exception):
 
 
 _UNITS = {
-    "step": "steps", "steps": "steps", "epoch": "epochs", "epochs": "epochs",
+    "step": "steps", "steps": "steps", "epoch": "epochs", "epochs": "epochs", "image": "images", "images": "images",
     "s": "seconds", "second": "seconds", "seconds": "seconds",
     "min": "minutes", "minute": "minutes", "minutes": "minutes", "h": "hours", "hour": "hours", "hours": "hours",
 }  # fmt: skip
 
 
-def parse_budget(text: str) -> tuple[float, Literal["steps", "epochs", "seconds"]]:
-    """'300 epochs', '5000 steps', '12 minutes' -> (amount, unit); times come back in seconds.
+def parse_budget(text: str) -> tuple[float, Literal["steps", "epochs", "images", "seconds"]]:
+    """'300 epochs', '5000 steps', '20000 images', '12 minutes' -> (amount, unit); times come back in seconds.
 
     Raises ValueError for anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", str(text).lower())
-    unit = _UNITS.get(match.group(2)) if match else None
-    if not match or not unit or float(match.group(1)) <= 0:
-        raise ValueError(f"{text!r} is not a length such as '300 epochs', '5000 steps' or '12 minutes'")
-    amount = float(match.group(1))
-    if unit == "minutes":
-        return amount * 60, "seconds"
-    if unit == "hours":
-        return amount * 3600, "seconds"
+    amount, unit = _amount_and_unit(text)
+    if not unit or amount <= 0:
+        raise ValueError(
+            f"{text!r} is not a length such as '300 epochs', '5000 steps', '20000 images' or '12 minutes'"
+        )
     return amount, unit  # type: ignore[return-value]
 
 
-def _budget(value: str) -> str:
+def parse_length(text: str) -> tuple[float, Literal["steps", "epochs", "images"]]:
+    """'1 epoch', '100 steps', '2000 images' -> (amount, unit); the amount may be 0.
+
+    Raises ValueError for anything else, times among it.
+    """
+    amount, unit = _amount_and_unit(text)
+    if not unit or unit == "seconds":
+        raise ValueError(f"{text!r} is not a length such as '100 steps', '1 epoch' or '2000 images' ('0 steps': none)")
+    return amount, unit  # type: ignore[return-value]
+
+
+def _amount_and_unit(text: Any) -> tuple[float, str | None]:
+    """The unit is None where it is no length."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", str(text).lower())
+    if not match:
+        return 0.0, None
+    amount, unit = float(match.group(1)), _UNITS.get(match.group(2))
+    if unit in ("minutes", "hours"):
+        return amount * {"minutes": 60, "hours": 3600}[unit], "seconds"
+    return amount, unit
+
+
+def _budget(value: Any) -> Any:
     parse_budget(value)
     return value
 
 
-Budget = Annotated[str, AfterValidator(_budget)]
+def _length(value: Any) -> Any:
+    parse_length(value)
+    return value
+
+
+def _share_or_length(value: Any) -> Any:
+    if isinstance(value, (int, float)) and 0 < value <= 1:
+        return float(value)
+    amount, unit = _amount_and_unit(value)
+    if not unit or unit == "seconds" or amount <= 0:
+        raise ValueError(f"{value!r} is neither a share of the training such as 0.8 nor a length such as '200 epochs'")
+    return value
+
+
+# Checked before their type is: a number without a unit is told what to write, too.
+Budget = Annotated[str, BeforeValidator(_budget)]
+Length = Annotated[str, BeforeValidator(_length)]
+ShareOrLength = Annotated[float | str, BeforeValidator(_share_or_length)]
 
 
 class DataSettings(Settings):
@@ -115,7 +151,7 @@ class AugmentSettings(Settings):
 
 
 class TrainSettings(Settings):
-    budget: Budget = Field("12 minutes", description="'300 epochs', '5000 steps' or '12 minutes'")
+    budget: Budget = Field("12 minutes", description="'300 epochs', '5000 steps', '20000 images' or '12 minutes'")
     batch_size: int = Field(8, gt=0, description="images per worker and step")
     num_workers: int = Field(1, gt=0, description="Ray Train workers, each of which takes batch_size images a step")
     min_workers: int | None = Field(
@@ -134,15 +170,20 @@ class TrainSettings(Settings):
     lr_backbone: float | None = Field(
         None, ge=0, description="0 freezes it; by default lr, and a tenth of it where trained weights are given"
     )
+    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
+        "none", description="lr and lr_backbone with the number of workers: as they are, times its root, or times it"
+    )
     weight_decay: float = Field(1e-4, ge=0)
     clip_max_norm: float = Field(1.0, ge=0)
-    warmup_steps: int = Field(100, ge=0)
+    warmup: Length = Field("100 steps", description="'100 steps', '1 epoch' or '2000 images'; '0 steps': none")
     lr_schedule: Literal["step", "cosine"] = "cosine"
     lr_flat: float = Field(
         0.5, ge=0, lt=1, description="cosine schedule: share of the training before the rate falls (Huang et al. 2025, "
         "DEIM: flat cosine)",
     )
-    lr_drop: float = Field(0.8, gt=0, le=1, description="step schedule: share of it before the cut to a tenth")
+    lr_drop: ShareOrLength = Field(
+        0.8, description="step schedule: share of it before the cut to a tenth, or a length such as '200 epochs'"
+    )
     ema_decay: float = Field(0.998, ge=0, lt=1, description="moving average of the weights; 0 switches it off")
     first_image_size: int | None = Field(
         None, gt=0, description="model.image_size in the first part of the training, where it is the smaller one; "
@@ -180,6 +221,10 @@ class TrainSettings(Settings):
         if self.lr_backbone is not None:
             return self.lr_backbone
         return self.lr / 10 if trained else self.lr
+
+    def rate_factor(self) -> float:
+        """What lr and lr_backbone are multiplied with for the number of workers (lr_scaling)."""
+        return {"none": 1.0, "sqrt": math.sqrt(self.num_workers), "linear": float(self.num_workers)}[self.lr_scaling]
 
 
 class FitSettings(Settings):

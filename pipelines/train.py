@@ -280,7 +280,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
             step = state["step"]
             budget.start()
             parts = [_to_device(next(batches), device) for _ in feed.mine]
-            factor = lr_factor(step, budget.share(step), options)
+            factor = lr_factor(step, budget.share(step), options, feed)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
             losses, norm = train_step(net, criterion, optimizer, parts, step, settings)

@@ -88,8 +88,8 @@ def test_boxes_rounded_to_nothing_do_not_reach_faster_rcnn():
 @pytest.mark.ray
 def test_faster_rcnn_trains_all_its_weights_on_images_of_the_size_of_ours(dataset):
     settings = learning.make_settings(learning.FASTER_RCNN, ("tiny",), True, 0)
-    learner = learning.FasterRCNNLearner(settings, read_json(dataset / "dataset.json")["categories"], CPU)
     feed = open_feed(dataset, "train", settings.model, settings.train.augment, 10**6, 2, 0)
+    learner = learning.FasterRCNNLearner(settings, read_json(dataset / "dataset.json")["categories"], CPU, feed)
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
     norm = learner.model.backbone.body.bn1
     seen = []
@@ -117,8 +117,9 @@ def test_our_schedules_follow_the_share_of_the_time_and_the_average_is_what_is_j
     categories = read_json(dataset / "dataset.json")["categories"]
     settings = learning.make_settings(side, ("tiny",), True, 0)
     small = ModelConfig.model_validate({"preset": "tiny", "num_classes": len(categories)})
-    learner = learning.OurLearner(settings.model_copy(update={"model": small}), categories, CPU)
-    batch = open_feed(dataset, "train", small, settings.train.augment, 10**6, 2, 0).batch(0)
+    feed = open_feed(dataset, "train", small, settings.train.augment, 10**6, 2, 0)
+    learner = learning.OurLearner(settings.model_copy(update={"model": small}), categories, CPU, feed)
+    batch = feed.batch(0)
     rates = []
     for step, share in enumerate(shares, 1000):
         learner.step(batch, step, share)
@@ -158,7 +159,7 @@ class FakeLearner:
 
     breaks_at: int | None = None
 
-    def __init__(self, settings, categories, device):
+    def __init__(self, settings, categories, device, feed):
         self.model, self.shares = torch.nn.Linear(2, 2), []
         FakeLearner.last = self
 

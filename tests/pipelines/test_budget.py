@@ -4,14 +4,14 @@ from __future__ import annotations
 import pytest
 
 from pipelines import budget as module
-from pipelines.budget import Budget, lr_factor
+from pipelines.budget import Budget, lr_factor, to_steps
 from pipelines.settings import TrainSettings
 
 
 class FakeFeed:
     """Steps of its first part, if it has one, are said to cost so much of one at full size."""
 
-    rank = 0
+    rank, batch_size, workers = 0, 2, 4
 
     def __init__(self, first_cost: float = 1.0):
         self.cost, self.first = first_cost, None if first_cost == 1 else "smaller"
@@ -48,8 +48,8 @@ def train(budget: Budget, clock, full: float, small: float = 0.0, first: int = 0
     return validations
 
 
-@pytest.mark.parametrize(("budget", "steps"), [("40 steps", 40), ("4 epochs", 30)])
-def test_a_budget_in_steps_or_epochs_is_known_at_once(tmp_path, budget, steps):
+@pytest.mark.parametrize(("budget", "steps"), [("40 steps", 40), ("4 epochs", 30), ("1 epoch", 8), ("100 images", 13)])
+def test_a_budget_in_steps_epochs_or_images_is_known_at_once(tmp_path, budget, steps):
     assert Budget(TrainSettings(budget=budget), FakeFeed(), tmp_path).steps == steps
 
 
@@ -140,12 +140,43 @@ def test_validations_are_spread_evenly_over_the_time_and_the_last_step_has_one(t
     assert [s for s in range(1, 701) if budget.validation_is_due(s)] == [200, 400, 600, 650, 700]
 
 
+def test_lengths_become_steps_of_all_workers():
+    lengths = {"100 steps": 100, "0 steps": 0, "2 epochs": 15, "0.5 epochs": 4, "80 images": 10, "81 images": 11}
+    assert {length: to_steps(length, FakeFeed()) for length in lengths} == lengths
+    with pytest.raises(ValueError, match="'5 minutes' is not a length such as '100 steps'"):
+        to_steps("5 minutes", FakeFeed())
+
+
 def test_the_learning_rate_warms_up_and_falls():
-    options = TrainSettings(warmup_steps=10, lr_flat=0.4)
-    factors = [lr_factor(step, step / 100, options) for step in range(100)]
+    options = TrainSettings(warmup="10 steps", lr_flat=0.4)
+    factors = [lr_factor(step, step / 100, options, FakeFeed()) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) <= 1
     assert factors[10:41] == [1.0] * 31 and factors[41] < 1
     assert factors[10:] == sorted(factors[10:], reverse=True) and factors[70] == pytest.approx(0.51)
-    assert factors[-1] < 0.03 and lr_factor(50, None, options) == 1
-    step = TrainSettings(warmup_steps=0, lr_schedule="step", lr_drop=0.8)
-    assert [lr_factor(s, s / 10, step) for s in (0, 7, 8, 9)] == [1.0, 1.0, 0.1, 0.1]
+    assert factors[-1] < 0.03 and lr_factor(50, None, options, FakeFeed()) == 1
+    step = TrainSettings(warmup="0 steps", lr_schedule="step", lr_drop=0.8)
+    assert [lr_factor(s, s / 10, step, FakeFeed()) for s in (0, 7, 8, 9)] == [1.0, 1.0, 0.1, 0.1]
+    assert lr_factor(9, None, step, FakeFeed()) == 1
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [("2 epochs", 15), ("40 images", 5)])
+def test_the_warm_up_may_be_told_in_epochs_or_images(warmup, steps):
+    options = TrainSettings(warmup=warmup)
+    factors = [lr_factor(step, 0.0, options, FakeFeed()) for step in range(steps + 2)]
+    assert factors == pytest.approx([(step + 1) / steps for step in range(steps)] + [1.0, 1.0])
+
+
+@pytest.mark.parametrize(("drop", "steps"), [("12 steps", 12), ("2 epochs", 15), ("100 images", 13)])
+def test_the_drop_may_come_after_a_length_whatever_the_training_lasts(drop, steps):
+    options = TrainSettings(warmup="0 steps", lr_schedule="step", lr_drop=drop)
+    for share in (None, 0.01, 0.99):
+        assert [lr_factor(step, share, options, FakeFeed()) for step in (0, steps - 1, steps, 99)] == [1, 1, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("told", [{}, {"lr_schedule": "step", "lr_drop": "20 steps"}])
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 2), ("linear", 4)])
+def test_the_learning_rate_may_grow_with_the_number_of_workers(told, scaling, factor):
+    one, four = (TrainSettings(num_workers=workers, lr_scaling=scaling, **told) for workers in (1, 4))
+    for step, share in ((0, None), (5, 0.1), (40, 0.9)):
+        expected = factor * lr_factor(step, share, one, FakeFeed())
+        assert lr_factor(step, share, four, FakeFeed()) == pytest.approx(expected)

@@ -12,6 +12,7 @@ from pipelines.settings import (
     load_settings,
     override_settings,
     parse_budget,
+    parse_length,
 )
 
 
@@ -22,6 +23,15 @@ from pipelines.settings import (
         ("trian.lr=1", "did you mean 'train'"),
         ("model.num_querys=5", "did you mean 'model.num_queries'"),
         ("train.budget=soon", "'12 minutes'"),
+        ("train.budget=300", "'300 epochs'"),
+        ("train.warmup_steps=100", "did you mean 'train.warmup'"),
+        ("train.warmup=100", "'100 steps'"),
+        ("train.warmup=5 minutes", "'100 steps'"),
+        ("train.lr_drop=200", "'train.lr_drop' in the settings: 200 is neither a share of the training such as 0.8"),
+        ("train.lr_drop=0", "'200 epochs'"),
+        ("train.lr_drop=0 epochs", "'200 epochs'"),
+        ("train.lr_drop=5 minutes", "'200 epochs'"),
+        ("train.lr_scaling=root", "'sqrt'"),
         ("train.lr=fast", "train.lr"),
         ("model.preset=detr_resnet5", "detr_resnet50"),
         ("nothing", "key=value"),
@@ -131,11 +141,37 @@ def test_settings_cannot_be_changed_in_place():
 def test_budgets():
     assert parse_budget("300 epochs") == (300, "epochs")
     assert parse_budget("5000 steps") == (5000, "steps")
+    assert parse_budget("20000 images") == (20000, "images")
     assert parse_budget("1.5 minutes") == (90, "seconds")
     assert parse_budget("2h") == (7200, "seconds")
     for wrong in ("0 steps", "-1 epochs", "12", "12 parsecs", ""):
         with pytest.raises(ValueError, match="length"):
             parse_budget(wrong)
+
+
+def test_lengths_have_no_times_and_may_be_nothing():
+    assert parse_length("1 epoch") == (1, "epochs")
+    assert parse_length("2000 images") == (2000, "images")
+    assert parse_length("0 steps") == (0, "steps")
+    for wrong in ("1 minute", "2h", "-1 epochs", "100", "1 parsec", ""):
+        with pytest.raises(ValueError, match="length"):
+            parse_length(wrong)
+
+
+def test_the_drop_of_the_rate_is_a_share_or_a_length(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {lr_drop: 200 epochs, warmup: 1 epoch}")
+    assert (load_settings(path).train.lr_drop, load_settings(path).train.warmup) == ("200 epochs", "1 epoch")
+    assert load_settings(path, ["train.lr_drop=0.5"]).train.lr_drop == 0.5
+    path.write_text(yaml.safe_dump(load_settings(path).model_dump(mode="json")))
+    assert load_settings(path).train.lr_drop == "200 epochs"
+
+
+def test_the_rate_is_scaled_with_the_workers_as_told():
+    assert load_settings(None, ["train.num_workers=4"]).train.rate_factor() == 1
+    for scaling, factor in (("none", 1), ("sqrt", 3), ("linear", 9)):
+        told = ["train.num_workers=9", f"train.lr_scaling={scaling}"]
+        assert load_settings(None, told).train.rate_factor() == pytest.approx(factor)
 
 
 def test_the_digest_ignores_key_order_and_nothing_else():
