@@ -10,13 +10,17 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import socket
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -29,7 +33,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 # MLflow's own limits (mlflow.utils.validation); it refuses what is longer.
-MAX_BATCH, MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 100, 250, 6000, 5000, 36
+MAX_BATCH, MAX_KEY, MAX_PARAM, MAX_TAG, MAX_NAME, MAX_DIGEST = 100, 250, 6000, 5000, 500, 36
+SOURCES = ("detr", "pipelines", "jobs")  # what decides how a run goes; changed tests do not
+TRAINING = "training"  # the type of logged models that hold a training's figures; the registry's are detectors
+
+logger = logging.getLogger(__name__)
 
 
 def tracker(settings: RunSettings, store: Path, dataset_name: str) -> Tracker:
@@ -54,6 +62,43 @@ def tracker(settings: RunSettings, store: Path, dataset_name: str) -> Tracker:
     if root is None:
         _check_server(made)
     return made
+
+
+def environment() -> dict[str, str]:
+    """What this process runs on, for `Tracker.log_environment`: code, versions, platform, CPUs and GPUs.
+
+    Nothing that names a machine, a user or a folder. gpus: those this process may use, so that the process
+    that trains is the one to ask.
+    """
+    import torch
+    from joblib import cpu_count
+
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    names = Counter(torch.cuda.get_device_name(gpu) for gpu in gpus)
+    return {
+        "code": code_version(),
+        "python": platform.python_version(),
+        **{name: _installed(name) for name in ("torch", "torchvision", "ray", "mlflow")},
+        "cuda": torch.version.cuda or "none",
+        "platform": platform.platform(),
+        "cpus": str(cpu_count()),
+        "gpus": ", ".join(f"{count} x {name}" for name, count in names.items()) or "none",
+    }
+
+
+def code_version() -> str:
+    """`git <commit>`, with ` and changes` if the sources differ from it; else `detr-system <version>`.
+
+    A checkout is taken for ours only if it tracks this file: an environment may lie in a checkout of the user's.
+    """
+    here = Path(__file__).resolve()
+    try:
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)
+        commit = _git(here.parent, "rev-parse", "HEAD")
+        changes = _git(here.parents[1], "status", "--porcelain", "--", *SOURCES)
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or somebody else's
+        return f"detr-system {_installed('detr-system')}"
+    return f"git {commit} and changes" if changes else f"git {commit}"
 
 
 @dataclass(frozen=True)
@@ -110,6 +155,7 @@ class Tracker:
                 known = False
             if known:
                 client.update_run(run_id, status="RUNNING")
+                _last_steps.cache_clear()  # another process may have gone on meanwhile
                 if tags:
                     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
                 return run_id
@@ -144,24 +190,135 @@ class Tracker:
             for start in range(0, len(entries), MAX_BATCH):
                 client.log_batch(run_id, **{kind: entries[start : start + MAX_BATCH]})
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+    def log_metrics(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        step: int | None = None,
+        *,
+        model_id: str | None = None,
+        dataset_name: str | None = None,
+        dataset_digest: str | None = None,
+    ) -> None:
         """Log numbers at a step in one call.
+
+        A step is never written twice or gone back to: a training that goes on from an older checkpoint does
+        steps again, and of those the values logged first stay. Without a step the values are final figures,
+        which are always written (at step 0), and the newest is shown.
+
+        model_id: a logged model (`training_model`) that the values are bound to, besides being the run's.
+        dataset_name, dataset_digest: the data they were measured on, as given to `log_dataset`. MLflow keeps
+        them with the model's values only; ValueError if one of the three is missing.
 
         A value that is not finite would spoil MLflow's plots: it becomes the tag `not_finite.<name>`
         instead, which says the value and the step.
         """
         from mlflow.entities import Metric, RunTag
 
-        now = int(time.time() * 1000)
+        if (dataset_name or dataset_digest) and not (model_id and dataset_name and dataset_digest):
+            raise ValueError("a metric's dataset needs a name, a digest and a model")
+        bound = {
+            "model_id": model_id,
+            "dataset_name": dataset_name and dataset_name[:MAX_NAME],
+            "dataset_digest": dataset_digest and dataset_digest[:MAX_DIGEST],
+        }
+        last = {} if step is None else _last_steps(self.uri, run_id)
+        step, now = int(step or 0), int(time.time() * 1000)
         finite, tags = [], []
         for name, value in metrics.items():
-            number = float(value)
-            if math.isfinite(number):
-                finite.append(Metric(_key(name), number, now, int(step)))
-            else:
-                tags.append(RunTag(f"not_finite.{_key(name)}"[:MAX_KEY], f"{number} at step {step}"))
+            key, number = _key(name), float(value)
+            if not math.isfinite(number):
+                tags.append(RunTag(f"not_finite.{key}"[:MAX_KEY], f"{number} at step {step}"))
+            elif step > last.get(key, -1):
+                finite.append(Metric(key, number, now, step, **bound))
         if finite or tags:
             self.client().log_batch(run_id, metrics=finite, tags=tags)
+        last.update((metric.key, step) for metric in finite)
+
+    def training_model(self, run_id: str, name: str, tags: Mapping[str, Any] | None = None) -> str:
+        """The id of the logged model that a training's validations are bound to; found again when the run goes on.
+
+        One for a training, its values told apart by step, and not one for each validation: most checkpoints
+        are soon deleted, and MLflow's list of models would fill with entries that have no files. MLflow
+        reads all values of the models it lists (92 values at 100 steps: 3 MB and 0.7 s for each model), so
+        with many classes the AP of each class is better bound once, for the best checkpoint. It sorts models
+        by the newest value; what to sort trainings by is best logged at the end.
+        """
+        from mlflow.entities import LoggedModelOutput
+
+        client = self.client()
+        run = client.get_run(run_id)
+        found = client.search_logged_models(
+            [run.info.experiment_id], f"source_run_id = '{run_id}' AND model_type = '{TRAINING}'", max_results=1
+        )
+        if found:
+            model_id = found[0].model_id
+        else:
+            model_id = client.create_logged_model(
+                run.info.experiment_id,
+                name=re.sub(r"[/:.%\"']", "-", name) or TRAINING,  # MLflow refuses these
+                source_run_id=run_id,
+                tags={key: str(value)[:MAX_TAG] for key, value in (tags or {}).items()},
+                model_type=TRAINING,
+            ).model_id
+        known = run.outputs.model_outputs if run.outputs else []
+        if model_id not in [output.model_id for output in known]:  # MLflow fails when told of the same one twice
+            client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+        return model_id
+
+    def end_training_model(self, model_id: str, ready: bool = True, tags: Mapping[str, Any] | None = None) -> None:
+        """Mark a logged model as READY or FAILED, with tags such as the best step; a failed one may get ready later."""
+        client = self.client()
+        if tags:
+            client.set_logged_model_tags(model_id, {key: str(value)[:MAX_TAG] for key, value in tags.items()})
+        client.finalize_logged_model(model_id, "READY" if ready else "FAILED")
+
+    def log_environment(self, run_id: str, facts: Mapping[str, str]) -> None:
+        """Say what a run runs on (see `environment`), as tags `env.<name>`; to be called at each start.
+
+        What a run was started with stays. When it goes on with something else, `changed.env.<name>` lists
+        both and all that follow, in order: `2.14.0 -> 2.15.0`.
+        """
+        from mlflow.entities import RunTag
+
+        client = self.client()
+        present = client.get_run(run_id).data.tags
+        tags = {}
+        for name, value in facts.items():
+            key = f"env.{name}"
+            so_far = present.get(f"changed.{key}") or present.get(key)
+            if so_far is None:
+                tags[key] = value
+            elif so_far.split(" -> ")[-1] != value:
+                tags[f"changed.{key}"] = f"{so_far} -> {value}"[-MAX_TAG:]
+        if tags:
+            client.log_batch(run_id, tags=[RunTag(key, value[:MAX_TAG]) for key, value in tags.items()])
+
+    @contextmanager
+    def system_metrics(self, run_id: str, seconds: float = 10) -> Iterator[None]:
+        """Log the use of this process's machine every so many seconds, as `system/…`, while the block runs.
+
+        CPU, memory, disk and network; with the package nvidia-ml-py also each NVIDIA GPU of the machine,
+        whichever of them this process may use. The first CPU value of a start is always 0. The steps
+        are samples, not the training's, and go on after a restart. MLflow's monitor gives up for good when
+        the run is no longer RUNNING or MLflow fails once; nothing here ever fails the block.
+        """
+        monitor = None
+        try:
+            self.client()  # sets MLflow's environment before it is imported
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            monitor = SystemMetricsMonitor(
+                run_id, sampling_interval=seconds, resume_logging=True, tracking_uri=self.uri
+            )
+            monitor.start()
+        except Exception as error:  # noqa: BLE001 - a training is worth more than its use of the machine
+            logger.warning("The use of CPU, memory and GPU is not logged: %s", error)
+        try:
+            yield
+        finally:
+            if monitor is not None:
+                monitor.finish()  # logs its own errors
 
     def log_file(self, run_id: str, path: Path | str, artifact_path: str | None = None) -> None:
         """Copy a file or a whole folder to the run's artifacts, below `artifact_path`."""
@@ -187,7 +344,7 @@ class Tracker:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(
-            name=name[:500],
+            name=name[:MAX_NAME],
             digest=digest[:MAX_DIGEST],
             source_type="coco",
             source=json.dumps(dict(source or {})),
@@ -232,8 +389,31 @@ def _client(uri: str) -> MlflowClient:
         return client
 
 
+@lru_cache(maxsize=64)
+def _last_steps(uri: str, run_id: str) -> dict[str, int]:
+    """The last step of each metric: asked for once per process and run, then kept up by who logs.
+
+    One process logs a training at a time, and each attempt of Ray's is a new process.
+    """
+    # to_proto is the only public way to the steps that comes without each metric's whole history
+    metrics = _client(uri).get_run(run_id).data.to_proto().metrics
+    return {metric.key: metric.step for metric in metrics}
+
+
 def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _check_server(server: Tracker) -> None:
@@ -258,8 +438,9 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _key(name: str) -> str:
-    """A name as MLflow takes it: letters, digits and `_-. :/`."""
-    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:MAX_KEY]
+    """A name as MLflow takes it: letters of any script, digits and `_-. :/`, and no path that has a shorter form."""
+    name = re.sub(r"[^\w\-. :/]", "_", name)[: MAX_KEY - 1]
+    return re.sub(r"(?<![^/])\.{0,2}(?=/|$)", "_", name)  # of a//b, a/./b and a/
 
 
 def _text(value: Any) -> str:
