@@ -55,7 +55,8 @@ from pipelines.feed import Feed, first_model, open_feed
 from pipelines.fit import fit_to_data
 from pipelines.settings import RunSettings, UserError, load_settings, override_settings
 from pipelines.stage import read_json
-from pipelines.train import set_up, train_step, update_average, validate
+from pipelines.train import set_up, train_step, update_average
+from pipelines.validation import validate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED, OURS, FASTER_RCNN = "published DETR R50", "ours, ", "Faster R-CNN R50"

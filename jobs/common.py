@@ -7,7 +7,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -113,6 +115,8 @@ def ray_session(settings) -> Iterator[None]:
     import ray.train
     import ray.tune
 
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean stop, as Ctrl-C is; Ray would just leave
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):  # their own imports set them up
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

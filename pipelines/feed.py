@@ -151,9 +151,9 @@ class Feed:
         """Images of the stream before those of a part of a step."""
         return (step * self.workers + part) * self.batch_size
 
-    def indices(self, step: int, part: int = 0) -> list[tuple[int, int]]:
-        """(epoch, row of the dataset) of each image of a part of a step."""
-        first = self.position(step, part)
+    def indices(self, step: int, part: int | None = None) -> list[tuple[int, int]]:
+        """(epoch, row of the dataset) of each image of a part of a step, by default this worker's first."""
+        first = self.position(step, self.mine[0] if part is None else part)
         positions = range(first, first + self.batch_size)
         return [(p // self.images, int(self.order(p // self.images)[p % self.images])) for p in positions]
 

@@ -216,6 +216,12 @@ class TrainSettings(Settings):
         None, description="'imagenet' (torchvision's), a .pth or .safetensors file, local or on S3, or none"
     )
 
+    @model_validator(mode="after")
+    def _enough_workers(self) -> TrainSettings:
+        if self.min_workers and self.min_workers > self.num_workers:
+            raise ValueError(f"train.min_workers is more than train.num_workers, which is {self.num_workers}")
+        return self
+
     def backbone_rate(self, trained: bool) -> float:
         """lr_backbone, or by default lr, of a trained backbone a tenth: the published ratio (Carion et al. 2020)."""
         if self.lr_backbone is not None:

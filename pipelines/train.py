@@ -41,7 +41,7 @@ from pipelines.settings import RunSettings, TrainSettings, UserError, override_s
 from pipelines.shards import flat_values, read_split
 from pipelines.stage import read_json, write_json
 from pipelines.storage import WORKING, explain, fetch, filesystem, locate
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, code_version, environment
 from pipelines.training_log import LOG_EVERY, PROGRESS, Follower, TrainingLog, read_history
 from pipelines.training_state import (
     MODEL,
@@ -94,6 +94,9 @@ def train(
     for split, context in (("train", "training"), ("val", "validation")):
         record = dataset["splits"][split]
         tracker.log_dataset(run_id, f"{dataset['name']}-{split}", record["digest"], context, dataset["source"])
+    model_id = tracker.training_model(run_id, name, {"detr.dataset_digest": dataset["digest"]})
+    of_val = {"model_id": model_id, "dataset_name": f"{dataset['name']}-val",
+              "dataset_digest": dataset["splits"]["val"]["digest"]}  # fmt: skip
 
     fs, storage = checkpoint_storage(settings, folder)
     for orphan in sweep_orphans(fs, f"{storage}/run"):
@@ -109,6 +112,8 @@ def train(
             "folder": str(folder),
             "tracker": tracker,
             "run_id": run_id,
+            "of_val": of_val,
+            "code": code_version(),  # a worker elsewhere may have no checkout
             "beside": beside,
         },
         scaling_config=ray.train.ScalingConfig(
@@ -130,7 +135,7 @@ def train(
             task_config=ray.train.ValidationTaskConfig(fn_kwargs={
                 "settings": settings.model_dump(mode="json"), "dataset_folder": str(Path(dataset_folder).resolve()),
                 "log": str(folder / PROGRESS), "tracker": asdict(tracker), "run_id": run_id,
-                "device": "cuda" if use_gpu else "cpu",
+                "of_val": of_val, "device": "cuda" if use_gpu else "cpu",
             }),
             ray_remote_kwargs={"num_cpus": 1, "num_gpus": int(use_gpu), "max_retries": 3},
         ) if beside else None,
@@ -143,6 +148,10 @@ def train(
             raise UserError(read_json(folder / FAILED)["error"])
         if result.error is not None:
             raise result.error
+        summary = _finish(result, folder, settings)
+        tracker.log_file(run_id, folder / "checkpoint", "checkpoint")
+        tracker.log_file(run_id, folder / "history.json")
+        tracker.log_metrics(run_id, {"best/AP": summary["AP"]}, model_id=model_id)  # MLflow sorts models by it
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -150,26 +159,30 @@ def train(
     except ray.train.TrainingFailedError as error:
         raise _explain(error, folder) from error
     finally:
+        tracker.end_training_model(model_id, ready=status == "FINISHED")
         tracker.end_run(run_id, status)
+    return {"checkpoint": "checkpoint", "history": "history.json", "run_id": run_id, **summary}
 
+
+def _finish(result, folder: Path, settings: RunSettings) -> dict[str, Any]:
+    """Leave the best checkpoint's model and the history in the folder -> the training's summary."""
     summary = result.return_value
     if summary["stopped_early"]:
         console.print(f"  Stopped at step {summary['steps']}: no better AP in {settings.train.patience} validations.")
     best, found = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], pair[1]["step"]))
-    if beside:
-        summary |= {"AP": max(found["AP"], 0.0), "AP50": found["AP50"], "best_step": found["step"]}
+    if found["AP"] < 0:
+        raise UserError("No validation ended, so that no checkpoint could be chosen; set train.validation=inline.")
     with best.as_directory() as place:
         part = folder / ".checkpoint"
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(Path(place) / MODEL, part)
-        if beside and "metrics" in found:
+        if "metrics" in found:  # of a validation beside the training
             finish_model(part, found["metrics"])
+            summary |= {"AP": found["AP"], "AP50": found["AP50"], "best_step": found["step"]}
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         os.replace(part, folder / "checkpoint")
-    tracker.log_file(run_id, folder / "checkpoint", "checkpoint")
     write_json(folder / "history.json", read_history(folder / PROGRESS))
-    tracker.log_file(run_id, folder / "history.json")
-    return {"checkpoint": "checkpoint", "history": "history.json", "run_id": run_id, **summary}
+    return summary
 
 
 def checkpoint_storage(settings: RunSettings, folder: Path) -> tuple[pafs.FileSystem, str]:
@@ -265,7 +278,9 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         optimizer.load_state_dict(saved["optimizer"])
         if rank < len(saved["rng"]):
             set_random_state(saved["rng"][rank])
-    log = TrainingLog(folder / PROGRESS, config["tracker"], config["run_id"], rank == 0)
+    log = TrainingLog(folder / PROGRESS, config["tracker"], config["run_id"], config["of_val"], rank == 0)
+    if rank == 0:
+        config["tracker"].log_environment(config["run_id"], environment() | {"code": config["code"]})
     log.start(state["step"], messages, count_parameters(model), workers, feed)
     if workers < options.num_workers:
         log.say(f"{workers} of {options.num_workers} workers are there; they do the others' parts, too.")
@@ -275,7 +290,10 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     arrivals = Arrivals(feed, state["step"])
     batches = feed.stream(state["step"], budget.last_step, lambda: budget.full_from)
     kept, seconds_between = time.monotonic(), 60 * options.checkpoint_minutes
-    try:
+    with contextlib.ExitStack() as ends:
+        ends.callback(batches.close)
+        if rank == 0:
+            ends.enter_context(config["tracker"].system_metrics(config["run_id"]))
         while not budget.is_spent(state["step"]) and not _is_stale(state, options):
             step = state["step"]
             budget.start()
@@ -309,8 +327,6 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                             log.validation(step, metrics, some)
                     _keep(rank, model, ema, optimizer, state, metrics, dataset, settings, due and config["beside"])
                     kept = time.monotonic()
-    finally:
-        batches.close()
     return {
         "steps": state["step"],
         "epochs": round(state["step"] / feed.steps_per_epoch(), 2),

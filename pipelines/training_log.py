@@ -27,11 +27,12 @@ PROGRESS = "progress.jsonl"
 class TrainingLog:
     """Losses, rates and AP to a JSON-lines file and to MLflow.
 
-    active: false in workers but the first, who only tell it their losses.
+    of_val: what AP is bound to in MLflow (see `Tracker.log_metrics`). active: false in workers but the first, who only
+    tell it their losses.
     """
 
-    def __init__(self, path: Path, tracker: Tracker, run_id: str, active: bool = True):
-        self.path, self.tracker, self.run_id, self.active = path, tracker, run_id, active
+    def __init__(self, path: Path, tracker: Tracker, run_id: str, of_val: dict[str, str], active: bool = True):
+        self.path, self.tracker, self.run_id, self.of_val, self.active = path, tracker, run_id, of_val, active
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.since = time.monotonic()
@@ -91,7 +92,7 @@ class TrainingLog:
         self._write({"event": "validation", "step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})
         numbers = {f"val/{k}": v for k, v in metrics.items() if k.startswith("A") and v is not None}
         per_class = {f"val/AP/{c['name']}": c["AP"] for c in metrics["per_class"] if c["AP"] is not None}
-        self._track({**numbers, **per_class}, step)
+        self._track({**numbers, **per_class}, step, **self.of_val)
         if picture is not None:
             with tempfile.TemporaryDirectory() as place:
                 path = Path(place) / f"step_{step:06}.jpg"
@@ -113,9 +114,9 @@ class TrainingLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def _track(self, metrics: dict[str, float], step: int) -> None:
+    def _track(self, metrics: dict[str, float], step: int, **bound: str) -> None:
         if self.active:
-            self.tracker.log_metrics(self.run_id, metrics, step)
+            self.tracker.log_metrics(self.run_id, metrics, step, **bound)
 
 
 def read_progress(path: Path) -> Iterator[dict[str, Any]]:

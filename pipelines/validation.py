@@ -56,7 +56,7 @@ def validate(
 
 def validate_checkpoint(
     checkpoint, *, settings: dict[str, Any], dataset_folder: str, log: str, tracker: dict[str, Any], run_id: str,
-    device: str,
+    of_val: dict[str, str], device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Ray Train's validation task: the averaged model of a checkpoint, measured while the training goes on."""
     torch.set_num_threads(cpu_count())
@@ -66,7 +66,7 @@ def validate_checkpoint(
         detector = Detector.load(Path(place) / MODEL, known.evaluate.batch_size, device)
         step = detector_step(Path(place))
     metrics = validate(detector, dataset, Path(dataset_folder), known)
-    said = TrainingLog(Path(log), Tracker(**tracker), run_id, dataset)
+    said = TrainingLog(Path(log), Tracker(**tracker), run_id, of_val)
     said.validation(step, metrics, sample_predictions(detector, dataset, Path(dataset_folder), known))
     return {"AP": metrics["AP"], "AP50": metrics["AP50"], "metrics": metrics}
 

@@ -30,11 +30,12 @@ builder.get_ring().save(sys.argv[2])
 class ObjectStore:
     """Start with `with ObjectStore(folder) as store`; store.endpoint is what AWS_ENDPOINT_URL must be.
 
-    The folder's file system must have user xattrs: `unfit` says what is amiss, or gives None.
+    The folder's file system must have user xattrs: `unfit` says what is amiss, or gives None. faulty: every third
+    write is answered with "service unavailable", once it has come (see faulty_storage.py).
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, faulty: bool = False):
+        self.folder, self.faulty = folder, faulty
         self.processes: list[subprocess.Popen] = []
         self.ports = {name: _free_port() for name in (*SERVERS, "proxy")}
         self.endpoint = f"http://127.0.0.1:{self.ports['proxy']}"
@@ -63,7 +64,9 @@ class ObjectStore:
                         f"[pipeline:main]\npipeline = {name}-server\n"
                         f"[app:{name}-server]\nuse = egg:swift#{name}\n")  # fmt: skip
         filters = [n for n in PIPELINE.split() if n not in ("tempauth", "s3api", "proxy-server")]
-        self._write("proxy.conf", self._default("proxy") + f"[pipeline:main]\npipeline = {PIPELINE}\n"
+        self._write("proxy.conf", self._default("proxy")
+                    + f"[pipeline:main]\npipeline = {'faulty ' * self.faulty}{PIPELINE}\n"
+                    "[filter:faulty]\npaste.filter_factory = faulty_storage:filter_factory\n"
                     "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
                     "[filter:s3api]\nuse = egg:swift#s3api\nlocation = us-east-1\n"
                     f"[filter:tempauth]\nuse = egg:swift#tempauth\nuser_test_tester = {SECRET_KEY} .admin\n"
@@ -92,7 +95,8 @@ class ObjectStore:
         code = f"import sys; from swift.{module}.server import main; sys.exit(main())"
         with (self.folder / f"{name}.log").open("wb") as log:
             command = [sys.executable, "-W", "ignore", "-c", code, str(self.folder / f"{name}.conf")]
-            self.processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+            self.processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
 
     def _wait(self, seconds: float = 60) -> None:
         """Until it answers and takes a bucket."""

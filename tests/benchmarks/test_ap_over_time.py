@@ -22,7 +22,7 @@ from pipelines.ingest import ingest, source
 from pipelines.sample import write_sample
 from pipelines.settings import AugmentSettings, RunSettings, SampleSettings, UserError, load_settings
 from pipelines.stage import read_json
-from pipelines.train import validate
+from pipelines.validation import validate
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, no package
 

@@ -11,7 +11,7 @@ from pipelines.settings import TrainSettings
 class FakeFeed:
     """Steps of its first part, if it has one, are said to cost so much of one at full size."""
 
-    rank, batch_size, workers = 0, 2, 4
+    mine, batch_size, workers = (0,), 2, 4
 
     def __init__(self, first_cost: float = 1.0):
         self.cost, self.first = first_cost, None if first_cost == 1 else "smaller"

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from PIL import Image
 
 from detr.config import ModelConfig
 from pipelines import feed as module
-from pipelines.feed import Arrivals, first_model, open_feed
+from pipelines.feed import Arrivals, _Preparer, first_model, open_feed
 from pipelines.settings import AugmentSettings, TrainSettings
 from pipelines.stage import write_json
 
@@ -48,7 +49,7 @@ def dataset(tmp_path_factory):
 def feed(dataset, batch_size=2, rank=0, workers=1, seed=0, **augment):
     model = ModelConfig.model_validate("tiny")
     settings = AugmentSettings(**{"recipe": "none", **augment})
-    return open_feed(dataset, "train", model, settings, 10**7, batch_size, seed, rank, workers)
+    return open_feed(dataset, "train", model, settings, 10**7, batch_size, seed, workers, (rank,))
 
 
 def test_every_epoch_is_a_permutation_and_no_two_are_alike(dataset):
@@ -140,7 +141,8 @@ def test_what_came_of_an_epoch_is_counted_and_a_lost_image_is_noticed(dataset):
 
     def come(one, step):
         rows = [row for _, row in one.indices(step)]
-        return {"image_ids": torch.tensor(rows), "counts": torch.tensor([row % 3 for row in rows])}
+        values = {"image_ids": rows, "counts": [row % 3 for row in rows], "position": [one.position(step, one.mine[0])]}
+        return {key: torch.tensor(value) for key, value in values.items()}
 
     def run(first, lost=None):
         """As the first worker sees it, which here adds the other's itself."""
@@ -157,7 +159,7 @@ def test_what_came_of_an_epoch_is_counted_and_a_lost_image_is_noticed(dataset):
                 seen = other.seen.pop(one.epoch)
                 return [numbers[0] + len(seen), numbers[1] + sum(seen.values())]
 
-            found += one.add(step, mine, both)
+            found += one.add(step, [mine], both)
         return found
 
     assert run(0) == [{"epoch": n, "images": 11, "boxes": 10} for n in (1, 2, 3)]
@@ -174,6 +176,17 @@ def test_two_workers_see_what_one_worker_with_twice_the_batch_sees(dataset):
         full, parts = whole.batch(step), [half.batch(step) for half in halves]
         for key in ("image_ids", "boxes", "labels", "counts", "sizes"):
             assert torch.equal(full[key], torch.cat([p[key] for p in parts])), key
+
+
+def test_a_worker_that_does_the_part_of_a_missing_one_sees_what_that_would_have_seen(dataset):
+    one, both = feed(dataset, rank=1, workers=2), feed(dataset, workers=2)
+    both = replace(both, mine=(0, 1))
+    preparer = object.__new__(_Preparer)  # as in a process of its own, whose priority it lowers
+    preparer.feed = both
+    made = preparer.batches(3, 5, False)
+    assert [int(batch["position"][0]) for batch in made] == [12, 14, 16, 18]
+    for step, batch in ((3, made[1]), (4, made[3])):
+        assert all(torch.equal(value, torch.from_numpy(batch[key])) for key, value in one.batch(step).items())
 
 
 def test_a_batch_depends_on_the_step_alone(dataset):

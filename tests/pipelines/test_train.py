@@ -12,19 +12,19 @@ from detr.config import ModelConfig
 from detr.criterion import SetCriterion
 from detr.model import DETR
 from pipelines import train as module
+from pipelines import training_log
 from pipelines.ingest import ingest, source
 from pipelines.sample import write_sample
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
 from pipelines.tracking import tracker
 from pipelines.train import (
-    _Log,
     find_weights,
     load_initial_weights,
-    read_history,
     set_up,
     train_step,
     update_average,
 )
+from pipelines.training_log import LOG_EVERY, PROGRESS, TrainingLog, read_history
 
 SMALL = {
     "preset": "tiny", "num_classes": 3, "hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": 2,
@@ -136,12 +136,12 @@ def test_outputs_that_are_not_finite_name_the_images():
     batch = {
         "images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "sizes": torch.tensor([[64, 64]] * 2),
         "counts": torch.tensor([1, 0]), "labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]]),
-        "image_ids": torch.tensor([11, 42]), "step": torch.tensor([0]),
+        "image_ids": torch.tensor([11, 42]), "position": torch.tensor([0]),
     }  # fmt: skip
     before = {k: v.clone() for k, v in model.state_dict().items() if "running" not in k and "tracked" not in k}
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(UserError, match=r"11, 42.*train\.lr"):
-        train_step(model, SetCriterion(settings.model, settings.loss), optimizer, batch, 0, settings, 0)
+        train_step(model, SetCriterion(settings.model, settings.loss), optimizer, [batch], 0, settings)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items() if k != "class_embed.bias")
 
 
@@ -153,18 +153,18 @@ def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_pa
     ema = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameter_groups(1e-4, 1e-4), fused=True)
     criterion = SetCriterion(settings.model, settings.loss)
-    log = _Log(tmp_path / "progress.jsonl", None, "", True)
+    log = TrainingLog(tmp_path / "progress.jsonl", None, "", {})
     log.per_epoch, log._track = 10.0, lambda metrics, step: None
     batch = {
         "images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "sizes": torch.tensor([[64, 64], [48, 64]]),
         "counts": torch.tensor([1, 2]), "labels": torch.tensor([0, 1, 2]), "boxes": torch.full((3, 4), 0.4),
-        "image_ids": torch.tensor([11, 42]),
+        "image_ids": torch.tensor([11, 42]), "position": torch.tensor([0]),
     }  # fmt: skip
-    batch["counts"].on_host = ema.n_averaged.on_host = True
-    steps = 2 * module.LOG_EVERY
+    batch["counts"].on_host = batch["position"].on_host = ema.n_averaged.on_host = True
+    steps = 2 * LOG_EVERY
     with host_copies() as copies:
         for step in range(steps):
-            losses, norm = train_step(model, criterion, optimizer, batch, step, settings, 0)
+            losses, norm = train_step(model, criterion, optimizer, [batch], step, settings)
             update_average(ema, model, 0.99)
             log.step(step + 1, steps, None, losses, norm, 1e-4, 2)
     assert set(copies.seen) == {"cpu"}
@@ -176,8 +176,8 @@ def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_pa
 @pytest.mark.ray
 def test_time_spent_measuring_ap_is_no_training_time(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    log = module._Log(tmp_path / "progress.jsonl", None, "", active=False)
+    monkeypatch.setattr(training_log.time, "monotonic", lambda: now[0])
+    log = TrainingLog(tmp_path / "progress.jsonl", None, "", {}, active=False)
     one = torch.tensor(1.0)
     for step in range(1, 61):
         now[0] += 0.5
@@ -201,7 +201,7 @@ def test_patience_ends_a_training_that_gets_no_better(tmp_path, ray_cluster):
     (tmp_path / "run").mkdir()
     place = tracker(settings, tmp_path, "patience")
     found = module.train(settings, tmp_path / "dataset", tmp_path / "run", place, "patience")
-    aps = [v["AP"] for v in read_history(tmp_path / "run" / module.PROGRESS)["validations"]]
+    aps = [v["AP"] for v in read_history(tmp_path / "run" / PROGRESS)["validations"]]
     assert found["stopped_early"] and found["steps"] == 2 * len(aps) < 40
     assert max(aps[-2:]) <= max(aps[:-2])
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()

@@ -1,0 +1,327 @@
+"""A training that is killed, robbed of its storage or fed nonsense goes on as if nothing had been, or says why not."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.fs as pafs
+import pytest
+import torch
+from object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
+
+from pipelines.ingest import ingest, source
+from pipelines.sample import write_sample
+from pipelines.settings import RunSettings, UserError, override_settings
+from pipelines.stage import read_json
+from pipelines.storage import _s3, copy_verified
+from pipelines.tracking import tracker
+from pipelines.train import train
+from pipelines.training_log import PROGRESS, read_progress
+from pipelines.training_state import SNAPSHOT, load_state, sweep_orphans
+
+STEPS, VALIDATIONS = 60, 6
+SETTINGS = {
+    "model": {
+        "preset": "tiny", "hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 32,
+        "num_queries": 10, "image_size": 64, "image_max_size": 64, "dropout": 0.1,
+    },
+    "sample": {"train": 14, "val": 6, "test": 0},
+    "train": {"budget": f"{STEPS} steps", "validations": VALIDATIONS, "batch_size": 2, "augment": {"recipe": "light"}},
+}  # fmt: skip
+AGAIN = """
+import sys
+from pathlib import Path
+from jobs.common import ray_session
+from pipelines.settings import load_settings
+from pipelines.tracking import tracker
+from pipelines.train import train
+
+settings = load_settings(sys.argv[1])
+folder = Path(sys.argv[3])
+with ray_session(settings):
+    train(settings, Path(sys.argv[2]), folder, tracker(settings, folder.parent, "faults"), "killed")
+"""
+
+
+@pytest.fixture(scope="module")
+def settings() -> RunSettings:
+    return RunSettings.model_validate(SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, settings, ray_cluster) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    write_sample(settings.sample, folder / "images")
+    (folder / "dataset").mkdir()
+    ingest(settings, source(settings, folder / "images"), folder / "dataset")
+    return folder / "dataset"
+
+
+def run(settings: RunSettings, dataset: Path, folder: Path) -> dict:
+    folder.mkdir(exist_ok=True, parents=True)
+    return train(settings, dataset, folder, tracker(settings, folder.parent, "faults"), folder.name)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, settings, dataset) -> tuple[dict, Path]:
+    """The training that nothing happens to."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    return run(settings, dataset, folder), folder
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that Ray Train knows, the last one last."""
+    snapshot = read_json(folder / "ray" / "run" / SNAPSHOT)
+    names = {found["checkpoint_dir_name"] for found in snapshot["checkpoint_results"]}
+    latest = snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
+    return [folder / "ray" / "run" / name for name in (*sorted(names - {latest}), latest)]
+
+
+def assert_same_weights(one: dict, other: dict) -> None:
+    for part in ("model", "ema"):
+        assert one[part].keys() == other[part].keys()
+        assert all(torch.equal(value, other[part][key]) for key, value in one[part].items()), part
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    return [record for record in read_progress(folder / PROGRESS) if record["event"] == kind]
+
+
+def when_validated(folder: Path, times: int, then, seconds: float = 240) -> threading.Thread:
+    """Does something once, soon after so many validations were told of."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + seconds
+        while len(events(folder, "validation")) < times and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)  # some steps later
+        then()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def kill_workers() -> None:
+    """kill -9 of this process' training workers."""
+    mine = [p for p in psutil.process_iter(["cmdline"]) if "ray::RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    assert mine
+    for process in mine:
+        process.kill()
+
+
+def assert_as_if_nothing_had_been(folder: Path, straight: tuple[dict, Path]) -> None:
+    """As many steps, no validation lost or told twice in the history, the same weights bit for bit."""
+    said = events(folder, "start")
+    assert len(said) == 2 and 0 < said[1]["step"] < STEPS and said[1]["step"] % 7, "stopped in mid-epoch, and went on"
+    history, expected = (read_json(where / "history.json") for where in (folder, straight[1]))
+    assert [v["step"] for v in history["validations"]] == [v["step"] for v in expected["validations"]]
+    assert [v["AP"] for v in history["validations"]] == [v["AP"] for v in expected["validations"]]
+    state, other = (load_state(checkpoints(where)[-1], torch.device("cpu")) for where in (folder, straight[1]))
+    assert state["progress"]["step"] == other["progress"]["step"] == STEPS
+    assert_same_weights(state, other)
+
+
+@pytest.mark.ray
+def test_a_training_keeps_all_it_needs_and_tells_mlflow_the_truth(straight, dataset):
+    result, folder = straight
+    assert result["steps"] == STEPS and len(events(folder, "validation")) == VALIDATIONS
+    kept = checkpoints(folder)
+    assert len(kept) <= 3 and not sweep_orphans(pafs.LocalFileSystem(), str(folder / "ray" / "run"))
+    state = load_state(kept[-1], torch.device("cpu"))
+    assert state["progress"]["step"] == STEPS and len(state["rng"]) == 1
+    client = tracker(RunSettings(), folder.parent, "faults").client()
+    found = client.get_run(result["run_id"])
+    assert found.info.status == "FINISHED"
+    assert {"env.code", "env.torch", "env.cpus"} <= found.data.tags.keys()
+    steps = [metric.step for metric in client.get_metric_history(result["run_id"], "val/AP")]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+    (model,) = client.search_logged_models([found.info.experiment_id])
+    bound = [m for m in model.metrics if m.key == "val/AP"]
+    digest = read_json(dataset / "dataset.json")["splits"]["val"]["digest"]
+    assert len(bound) == VALIDATIONS and {m.dataset_digest for m in bound} == {digest[:36]}
+    assert any(m.key.startswith("val/AP/") for m in model.metrics)
+    pictures = client.list_artifacts(result["run_id"], "predictions")
+    assert len(pictures) == VALIDATIONS and pictures[0].file_size > 1000
+
+
+@pytest.mark.ray
+def test_a_worker_killed_in_mid_epoch_is_as_if_it_had_not_been(tmp_path, settings, dataset, straight):
+    folder = tmp_path / "run"
+    killer = when_validated(folder, 2, kill_workers)
+    run(settings, dataset, folder)
+    killer.join()
+    assert_as_if_nothing_had_been(folder, straight)
+
+
+@pytest.mark.ray
+def test_a_driver_killed_and_started_again_is_as_if_it_had_not_been(tmp_path, settings, dataset, straight):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "settings.yaml").write_text(json.dumps(settings.model_dump(mode="json")))
+    command = [sys.executable, "-c", AGAIN, str(tmp_path / "settings.yaml"), str(dataset), str(folder)]
+    with (tmp_path / "out").open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    killer = when_validated(folder, 2, lambda: os.killpg(process.pid, signal.SIGKILL))  # and its Ray with it
+    process.wait(timeout=240)
+    killer.join()
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "out").read_text()[-2000:]
+    assert not (folder / "history.json").exists()
+    orphan = checkpoints(folder)[-1].with_name("checkpoint_of_an_upload_cut_off")
+    shutil.copytree(checkpoints(folder)[-1], orphan)
+    result = run(settings, dataset, folder)
+    assert not orphan.exists()
+    assert_as_if_nothing_had_been(folder, straight)
+    client = tracker(settings, folder.parent, "faults").client()
+    assert [run.info.run_id for run in client.search_runs([client.get_run(result["run_id"]).info.experiment_id])] == [
+        result["run_id"]
+    ]
+    steps = [metric.step for metric in client.get_metric_history(result["run_id"], "train/loss")]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.ray
+def test_validation_beside_the_training_finds_what_it_would_have_found(tmp_path, settings, dataset, straight):
+    beside = override_settings(settings, {"train.validation": "beside"})
+    result = run(beside, dataset, tmp_path / "run")
+    expected = read_json(straight[1] / "history.json")["validations"]
+    found = read_json(tmp_path / "run" / "history.json")["validations"]
+    assert [(v["step"], v["AP"]) for v in found] == [(v["step"], v["AP"]) for v in expected]
+    assert (result["AP"], result["best_step"]) == (straight[0]["AP"], straight[0]["best_step"])
+    for name in ("metrics.json", "config.json"):
+        assert read_json(tmp_path / "run" / "checkpoint" / name) == read_json(straight[1] / "checkpoint" / name)
+
+
+@pytest.mark.ray
+def test_two_workers_go_through_all_images_and_share_the_validation(tmp_path, settings, dataset):
+    changes = {"train.num_workers": 2, "train.batch_size": 2, "train.micro_batches": 2, "train.budget": "3 epochs",
+               "train.validations": 2}  # fmt: skip
+    result = run(override_settings(settings, changes), dataset, tmp_path / "run")
+    epochs = events(tmp_path / "run", "epoch")
+    assert [epoch["images"] for epoch in epochs] == [14, 14, 14]
+    assert result["steps"] == 11 and len(events(tmp_path / "run", "validation")) == 2
+    assert len(load_state(checkpoints(tmp_path / "run")[-1], torch.device("cpu"))["rng"]) == 2
+
+
+@pytest.mark.ray
+def test_storage_that_fails_every_third_write_costs_nothing_but_time(
+    tmp_path, settings, dataset, straight, monkeypatch
+):
+    if why := ObjectStore.unfit(tmp_path):
+        pytest.skip(why)
+    with ObjectStore(tmp_path, faulty=True) as store:
+        for key, value in {
+            "AWS_ENDPOINT_URL": store.endpoint, "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(key, value)
+        _s3.cache_clear()
+        short = override_settings(settings, {"train.storage": "s3://ready/runs"})
+        store.client().put_object(Bucket="ready", Key="runs/here", Body=b"")
+        result = run(short, dataset, tmp_path / "run")
+        _s3.cache_clear()
+        assert result["steps"] == STEPS and result["AP"] == straight[0]["AP"]
+        keys = [x["Key"] for x in store.client().list_objects_v2(Bucket="ready", Prefix="runs/run/run/")["Contents"]]
+        assert sum(key.endswith("state.pt") for key in keys) in (2, 3)
+    one, other = (folder / "checkpoint" / "model.safetensors" for folder in (tmp_path / "run", straight[1]))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.ray
+def test_numbers_that_are_no_numbers_end_a_training_with_a_sentence(tmp_path, settings, dataset, straight):
+    shutil.copytree(straight[1], tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    mad = override_settings(settings, {"train.lr": 1e12, "train.budget": "200 steps"})
+    with pytest.raises(UserError, match=r"stopped being finite .*Lower train\.lr \(it is 1e\+12\)"):
+        run(mad, dataset, tmp_path / "run")
+    assert len(events(tmp_path / "run", "start")) == 2, "it is not tried again in vain"
+    last = load_state(checkpoints(tmp_path / "run")[-1], torch.device("cpu"))
+    assert all(bool(torch.isfinite(value).all()) for value in last["model"].values())
+    tracked = tracker(settings, tmp_path, "faults")
+    assert tracked.client().get_run(read_json(tmp_path / "run" / "run.json")["run_id"]).info.status == "FAILED"
+
+
+@pytest.mark.ray
+def test_a_worker_that_dies_for_good_is_said_with_what_to_do(tmp_path, settings, dataset):
+    """As the system's out-of-memory killer does it."""
+    folder = tmp_path / "run"
+    once = override_settings(settings, {"train.max_failures": 0})
+    killer = when_validated(folder, 1, kill_workers)
+    with pytest.raises(UserError, match=r"memory runs out\. Raise train\.micro_batches.*goes on from the last"):
+        run(once, dataset, folder)
+    killer.join()
+    assert load_state(checkpoints(folder)[-1], torch.device("cpu"))["progress"]["step"] >= STEPS / VALIDATIONS
+
+
+@pytest.mark.ray
+def test_a_full_disk_is_said_and_what_was_kept_is_whole(tmp_path, settings, dataset):
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        folder = place / "run"
+
+        def fill() -> None:
+            with (place / "filler").open("wb") as file:
+                while file.write(bytes(2**20)):
+                    file.flush()
+
+        def fill_up() -> None:
+            try:
+                fill()
+            except OSError:
+                return
+
+        filler = when_validated(folder, 1, fill_up)
+        with pytest.raises(UserError, match=r"A disk is full .* free some space and run the same command"):
+            train(settings, dataset, _made(folder), tracker(settings, tmp_path, "faults"), "full")
+        filler.join()
+        known = checkpoints(folder)
+        assert load_state(known[-1], torch.device("cpu"))["progress"]["step"] >= STEPS / VALIDATIONS
+        (place / "filler").unlink()
+        result = train(settings, dataset, folder, tracker(settings, tmp_path, "faults"), "full")
+        assert result["steps"] == STEPS
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.ray
+def test_a_label_outside_the_map_is_said_before_anything_starts(tmp_path, settings, dataset):
+    copy = tmp_path / "dataset"
+    shutil.copytree(dataset, copy)
+    record = read_json(copy / "dataset.json")
+    record["categories"] = record["categories"][:3]
+    (copy / "dataset.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"has the label \d+, and the label map ends at 2: .* ingest again"):
+        run(settings, copy, tmp_path / "run")
+
+
+def test_a_copy_that_is_not_what_was_written_is_noticed(tmp_path):
+    (tmp_path / "from" / "model").mkdir(parents=True)
+    (tmp_path / "from" / "model" / "weights").write_bytes(b"0123456789")
+
+    class Loses(pafs.LocalFileSystem):
+        """A storage that takes all and keeps less, without a word."""
+
+        def open_input_stream(self, path):
+            return pafs.LocalFileSystem().open_input_stream(str(tmp_path / "less"))
+
+    (tmp_path / "less").write_bytes(b"01234")
+    copy_verified(tmp_path / "from", pafs.LocalFileSystem(), str(tmp_path / "to"))
+    assert (tmp_path / "to" / "model" / "weights").read_bytes() == b"0123456789"
+    with pytest.raises(OSError, match="is not what was written to it"):
+        copy_verified(tmp_path / "from", Loses(), str(tmp_path / "to"))
