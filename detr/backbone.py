@@ -14,6 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from detr.config import ModelConfig
+from detr.memory import run
 from detr.position import PositionEmbeddingLearned, PositionEmbeddingSine
 
 # torchvision's ResNets by what their weights show: blocks of each stage, and of the first block the size of the
@@ -41,6 +42,8 @@ class ResNetBackbone(nn.Module):
     its norm's scale and bias in it: the same numbers but for rounding, without the norm's two passes.
     """
 
+    recompute = False  # see detr.memory
+
     def __init__(self, name: str, norm: str, dilation: bool):
         super().__init__()
         if name not in RESNETS:
@@ -62,13 +65,22 @@ class ResNetBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> the features of layer1 to layer4 [B, stage_channels, ...] at `strides`."""
-        body, features = self.body, []
-        x = body["maxpool"](_convolve(body["conv1"], body["bn1"], images).relu_())
+        x = run(self, self._stem, images)
+        features = []
         for name in ("layer1", "layer2", "layer3", "layer4"):
-            for block in body[name]:
-                x = _residual(block, x)
+            x = run(self, _stage, self.body[name], x)
             features.append(x)
         return features
+
+    def _stem(self, images: Tensor) -> Tensor:
+        body = self.body
+        return body["maxpool"](_convolve(body["conv1"], body["bn1"], images).relu_())
+
+
+def _stage(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    for block in blocks:
+        x = _residual(block, x)
+    return x
 
 
 def _residual(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
@@ -116,6 +128,7 @@ class PlainBackbone(nn.Module):
     """A stem and three stages of residual blocks to stride 16, with batch norms: trains from random weights."""
 
     strides = (2, 4, 8, 16)
+    recompute = False  # see detr.memory
 
     def __init__(self, width: int, depth: int):
         super().__init__()
@@ -131,9 +144,9 @@ class PlainBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W] -> features at `strides` [B, stage_channels, ...], sizes rounded up."""
-        features = [self.stem(images)]
+        features = [run(self, self.stem, images)]
         for stage in self.stages:
-            features.append(stage(features[-1]))
+            features.append(run(self, stage, features[-1]))
         return features
 
 

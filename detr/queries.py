@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from detr.attention import MultiheadAttention
 from detr.boxes import inverse_sigmoid
 from detr.config import DenoisingConfig, ModelConfig
+from detr.memory import run
 from detr.position import cell_centres, sine_of_boxes
 
 MOST_DENOISING = 400  # queries of an image, where one group has no more
@@ -241,6 +242,8 @@ class AnchorDecoder(nn.Module):
     The first boxes are the best proposals (two_stage), or learned, a grid at the start (Liu et al. 2022, DAB-DETR).
     """
 
+    recompute = False  # see detr.memory
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dim = dim = config.hidden_dim
@@ -283,7 +286,7 @@ class AnchorDecoder(nn.Module):
         outputs, boxes = [], []
         for layer in self.layers:
             query_pos = self.box_position(sine_of_boxes(anchors, self.dim // 2).to(dtype))
-            tgt = layer(tgt, query_pos, anchors, pyramid, self_mask)
+            tgt = run(self, layer, tgt, query_pos, anchors, pyramid, self_mask)
             normed = self.norm(tgt)
             box = (bbox_embed(normed).to(anchors.dtype) + inverse_sigmoid(anchors)).sigmoid()
             outputs.append(normed)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detr.attention import MultiheadAttention
+from detr.memory import run
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -37,6 +38,8 @@ class TransformerEncoderLayer(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
+    recompute = False  # see detr.memory
+
     def __init__(self, layers: int, dim: int, heads: int, dim_feedforward: int, dropout: float, pre_norm: bool):
         super().__init__()
         self.layers = nn.ModuleList(
@@ -47,7 +50,7 @@ class TransformerEncoder(nn.Module):
     def forward(self, src: Tensor, pos: Tensor, mask: Tensor | None) -> Tensor:
         """src and pos [B, N, D] -> memory [B, N, D]."""
         for layer in self.layers:
-            src = layer(src, pos, mask)
+            src = run(self, layer, src, pos, mask)
         return src if self.norm is None else self.norm(src)
 
 
@@ -87,6 +90,8 @@ class TransformerDecoderLayer(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
+    recompute = False  # see detr.memory
+
     def __init__(self, layers: int, dim: int, heads: int, dim_feedforward: int, dropout: float, pre_norm: bool):
         super().__init__()
         self.layers = nn.ModuleList(
@@ -102,7 +107,7 @@ class TransformerDecoder(nn.Module):
         tgt = torch.zeros_like(query_pos)
         outputs = []
         for layer in self.layers:
-            tgt = layer(tgt, query_pos, memory, pos, mask)
+            tgt = run(self, layer, tgt, query_pos, memory, pos, mask)
             outputs.append(self.norm(tgt))
         return torch.stack(outputs)
 
