@@ -1,7 +1,9 @@
 """DETR: images and padding mask -> class logits and boxes of every query, of every decoder layer."""
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,6 +59,14 @@ class DETR(nn.Module):
             self.finer_norm = nn.ModuleList(nn.LayerNorm(dim) for _ in finer)
         self.input_proj = nn.Conv2d(backbone[0].num_channels, dim, 1)
         self.backbone = backbone
+
+    def train(self, mode: bool = True) -> DETR:
+        """Switch training on or off; batch norms with frozen weights keep, and use, their running statistics."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
 
     def forward(self, images: Tensor, mask: Tensor, denoising: DenoisingQueries | None = None) -> Outputs:
         """images [B, 3, H, W] normalised, mask [B, H, W] bool, true where padded.
@@ -142,6 +152,32 @@ class DETR(nn.Module):
 def _shrink(mask: Tensor, features: Tensor) -> Tensor:
     """The padding mask [B, H, W] at the size of a feature map."""
     return F.interpolate(mask[None].float(), size=features.shape[-2:])[0].bool()
+
+
+def freeze(model: nn.Module, prefixes: Sequence[str]) -> int:
+    """Keep parts of a DETR or DETRsegm as they are: weights whose name is a prefix, or below one, do not train.
+
+    Prefixes end where a name has a dot or ends: "backbone", "transformer.encoder", "bbox_embed". Batch norms of such
+    parts keep their running statistics, too, and compute with them (DETR.train sees to it at its next call); dropout
+    stays on. Comes before the optimiser and DistributedDataParallel, which take the weights that train.
+    Returns how many weights it froze, those that were not frozen before. Raises ValueError for a prefix that is no
+    part of the model, with the nearest one that is, and where nothing would be left to train.
+    """
+    weights = dict(model.named_parameters())
+    parts = {name.rsplit(".", cut)[0] for name in weights for cut in range(name.count(".") + 1)}
+    for prefix in prefixes:
+        if prefix not in parts:
+            inner = sorted((part for part in parts if part.endswith(f".{prefix}")), key=len)  # its last names alone
+            nearest = inner[0] if inner else difflib.get_close_matches(prefix, sorted(parts), 1, cutoff=0)[0]
+            raise ValueError(f"no part of the model is named {prefix!r}; the nearest is {nearest!r}")
+    training = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    heads = tuple(f"{prefix}." for prefix in prefixes)
+    chosen = [weight for name, weight in training.items() if f"{name}.".startswith(heads)]
+    if len(chosen) == len(training):
+        raise ValueError(f"with {', '.join(prefixes)} frozen, no weight would be left to train")
+    for weight in chosen:
+        weight.requires_grad_(False)
+    return sum(weight.numel() for weight in chosen)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -66,10 +66,15 @@ class MuonAdamW:
 def build_optimizer(
     model: DETR | DETRsegm, kind: Literal["adamw", "muon"], lr: float, lr_backbone: float, weight_decay: float
 ) -> torch.optim.AdamW | MuonAdamW:
-    """The optimiser of a model that is on its device, in its memory format; lr_backbone 0 freezes the backbone."""
-    if kind == "muon":
+    """The optimiser of a model that is on its device, in its memory format; lr_backbone 0 freezes the backbone.
+
+    Where no matrix is left to train for Muon, it is AdamW.
+    """
+    groups = model.parameter_groups(lr, lr_backbone)  # freezes the backbone, where it does, before the next line
+    trained = [_is_matrix(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if kind == "muon" and any(trained):
         return MuonAdamW(model, lr, lr_backbone, weight_decay)
-    return torch.optim.AdamW(model.parameter_groups(lr, lr_backbone), weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
