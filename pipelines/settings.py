@@ -154,6 +154,15 @@ class TrainSettings(Settings):
     budget: Budget = Field("12 minutes", description="'300 epochs', '5000 steps', '20000 images' or '12 minutes'")
     batch_size: int = Field(8, gt=0, description="images per worker and step")
     num_workers: int = Field(1, gt=0, description="Ray Train workers, each of which takes batch_size images a step")
+    recompute: bool = Field(
+        False, description="compute activations again in the backward pass: much less memory, a third more time"
+    )
+    compile: bool = Field(
+        False, description="torch.compile for backbone and encoder: a minute or more at the start, then faster steps"
+    )
+    freeze: list[str] = Field(
+        [], description="parts that stay as they are, by the names of their weights: [backbone, transformer.encoder]"
+    )
     min_workers: int | None = Field(
         None, gt=0, description="go on with so few when others are lost, until they are back; by default wait for all"
     )
@@ -217,9 +226,11 @@ class TrainSettings(Settings):
     )
 
     @model_validator(mode="after")
-    def _enough_workers(self) -> TrainSettings:
+    def _go_together(self) -> TrainSettings:
         if self.min_workers and self.min_workers > self.num_workers:
-            raise ValueError(f"train.min_workers is more than train.num_workers, which is {self.num_workers}")
+            raise ValueError(f"min_workers is more than num_workers, which is {self.num_workers}")
+        if self.recompute and self.compile:
+            raise ValueError("recompute and compile do not go together; set one of them to false")
         return self
 
     def backbone_rate(self, trained: bool) -> float:

@@ -11,9 +11,10 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
@@ -135,6 +136,29 @@ def fetch(uri: str | Path, folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{uri} cannot be read: {explain(error)}", 2) from error
     return copy
+
+
+class WholeFiles(pafs.LocalFileSystem):
+    """The local file system, where a file that is written appears when all of it is there, as on S3.
+
+    For those who call it from Python: Ray Train would leave half a list of its checkpoints on a full disk.
+    """
+
+    def __reduce__(self):
+        return WholeFiles, ()
+
+    @contextmanager
+    def open_output_stream(self, path: str, *args, **kwargs) -> Iterator[BinaryIO]:
+        part = f"{path}.part"
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
 
 
 def copy_verified(folder: Path, fs: pafs.FileSystem, place: str) -> None:

@@ -29,7 +29,8 @@ from detr.batch import normalise
 from detr.checkpoint import CheckpointError, init_from, load_backbone
 from detr.criterion import SetCriterion, Window, find_window
 from detr.matcher import NonFiniteOutputs
-from detr.model import DETR, count_parameters
+from detr.memory import recompute_activations
+from detr.model import DETR, count_parameters, freeze
 from detr.optimizer import MuonAdamW, build_optimizer
 from detr.queries import make_denoising_queries
 from pipelines.budget import Budget, lr_factor
@@ -40,7 +41,7 @@ from pipelines.progress import console
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
 from pipelines.shards import flat_values, read_split
 from pipelines.stage import read_json, write_json
-from pipelines.storage import WORKING, explain, fetch, filesystem, locate
+from pipelines.storage import WORKING, WholeFiles, explain, fetch, filesystem, locate
 from pipelines.tracking import Tracker, code_version, environment
 from pipelines.training_log import LOG_EVERY, PROGRESS, Follower, TrainingLog, read_history
 from pipelines.training_state import (
@@ -157,7 +158,7 @@ def train(
         status = "KILLED"
         raise
     except ray.train.TrainingFailedError as error:
-        raise _explain(error, folder) from error
+        raise _explain(error, folder, options.storage) from error
     finally:
         tracker.end_training_model(model_id, ready=status == "FINISHED")
         tracker.end_run(run_id, status)
@@ -192,10 +193,11 @@ def checkpoint_storage(settings: RunSettings, folder: Path) -> tuple[pafs.FileSy
     """
     given = settings.train.storage
     if given is None:
-        return pafs.LocalFileSystem(), str(folder / "ray")
-    filesystem(given)  # says what is wrong with it, soon
+        return WholeFiles(), str(folder / "ray")
     fs, place = locate(given, WORKING)
-    return fs, f"{place}/{folder.name}"
+    if fs.type_name == "s3":
+        filesystem(f"s3://{place.partition('/')[0]}")  # says what is wrong with it, soon
+    return (WholeFiles() if fs.type_name == "local" else fs), f"{place}/{folder.name}"
 
 
 def _validates_beside(settings: RunSettings, use_gpu: bool) -> bool:
@@ -231,7 +233,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         return _train_loop(config)
     except Exception as error:
-        explained = explain_failure(error, config)
+        explained = explain_failure(error, Path(config["folder"]), config["settings"]["train"]["storage"])
         if explained is None:
             raise
         with contextlib.suppress(OSError):  # the disk may be full, and then it is tried again
@@ -253,6 +255,11 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     use_machine(near)
 
     model, ema, criterion, optimizer, messages = set_up(settings, [c["name"] for c in dataset["categories"]], device)
+    compiled = None
+    if options.compile:
+        from detr.compiling import compile_layers  # which takes seconds to import
+
+        compiled = compile_layers(model)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     net: torch.nn.Module = model
     if workers > 1:
@@ -285,10 +292,16 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if workers < options.num_workers:
         log.say(f"{workers} of {options.num_workers} workers are there; they do the others' parts, too.")
 
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.weight.requires_grad]
+    if norms and options.num_workers * options.micro_batches > 1:
+        seen = math.ceil(options.batch_size / options.micro_batches)
+        log.say(f"Batch norms see {seen} images at a time, of one worker.")
+
     budget = Budget(options, feed, folder, state.get("budget"))
     state["budget"] = budget.state
     arrivals = Arrivals(feed, state["step"])
     batches = feed.stream(state["step"], budget.last_step, lambda: budget.full_from)
+    said: set[str] = set()
     kept, seconds_between = time.monotonic(), 60 * options.checkpoint_minutes
     with contextlib.ExitStack() as ends:
         ends.callback(batches.close)
@@ -309,6 +322,9 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
             budget.tick(step)
             rate, images = optimizer.param_groups[0]["lr"], options.batch_size * options.num_workers
             log.step(step, budget.steps, budget.share(step), losses, norm, rate, images)
+            if compiled and step % (5 * LOG_EVERY) == LOG_EVERY and (sentence := compiled()) not in said:
+                said.add(sentence)
+                log.say(sentence)
             due = budget.validation_is_due(step)
             if due or (step % LOG_EVERY == 0 and of_first_worker(time.monotonic() - kept > seconds_between)):
                 with log.paused():
@@ -413,7 +429,7 @@ def set_up(
 ) -> tuple[DETR, torch.optim.swa_utils.AveragedModel, SetCriterion, torch.optim.AdamW | MuonAdamW, list[str]]:
     """The model at its start, its moving average, its criterion, its optimiser, and what weights were taken.
 
-    Raises UserError as `load_initial_weights`.
+    Raises UserError as `load_initial_weights`, and for parts to freeze that there are not.
     """
     options = settings.train
     torch.manual_seed(settings.seed)
@@ -422,6 +438,13 @@ def set_up(
     fresh = weight.clone()
     messages = load_initial_weights(model, options, class_names)
     rate = options.backbone_rate(trained=not torch.equal(weight, fresh))  # a backbone is taken as a whole or not
+    try:
+        if options.freeze and (frozen := freeze(model, options.freeze)):
+            messages.append(f"frozen: {', '.join(options.freeze)}, {frozen / 1e6:.1f} M parameters")
+    except ValueError as error:
+        raise UserError(f"train.freeze: {error}.", 2) from error
+    if options.recompute:
+        recompute_activations(model)
     model.to(device)
     model.backbone.to(memory_format=torch.channels_last)
     criterion = SetCriterion(settings.model, settings.loss).to(device)
@@ -556,8 +579,11 @@ def update_average(ema: torch.optim.swa_utils.AveragedModel, model: torch.nn.Mod
     ema.update_parameters(model)
 
 
-def explain_failure(error: BaseException, config: dict[str, Any]) -> UserError | None:
-    """What ended a worker and the user can mend, in a sentence; None for all else."""
+def explain_failure(error: BaseException, folder: Path, storage: str | None) -> UserError | None:
+    """What ended a training and the user can mend, in a sentence; None for all else.
+
+    folder, storage: where it keeps what it makes, and its checkpoints (train.storage).
+    """
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return error
@@ -565,19 +591,19 @@ def explain_failure(error: BaseException, config: dict[str, Any]) -> UserError |
         return UserError(f"A worker's memory does not hold a training step. {LESS_MEMORY} The last checkpoint is kept.")
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if full or "No space left" in text or "disk is full" in text or "PytorchStreamWriter failed" in text:
-        places = ", ".join(sorted({config["folder"], tempfile.gettempdir()}))
+        places = ", ".join(filter(None, (str(folder), tempfile.gettempdir(), storage)))
         return UserError(
-            f"A disk is full (used are {places}{' and train.storage' * bool(config['settings']['train']['storage'])}); "
-            "free some space and run the same command, which goes on from the last checkpoint."
+            f"A disk is full (used are {places}); free some space and run the same command: it goes on from the last "
+            "checkpoint."
         )
-    if isinstance(error, OSError) and config["settings"]["train"]["storage"]:
+    if isinstance(error, OSError) and storage:
         return UserError(
             f"A checkpoint could not be stored: {explain(error)} Run the same command to go on from the last one."
         )
     return None
 
 
-def _explain(error: Exception, folder: Path) -> UserError:
+def _explain(error: Exception, folder: Path, storage: str | None) -> UserError:
     """The sentence of a UserError a worker raised, or what became of the workers."""
     if (folder / FAILED).is_file():
         return UserError(read_json(folder / FAILED)["error"])
@@ -588,6 +614,8 @@ def _explain(error: Exception, folder: Path) -> UserError:
             if isinstance(cause, UserError):
                 return cause
             cause = cause.__cause__
+    if explained := explain_failure(error, folder, storage):
+        return explained
     text = str(error).strip().splitlines()
     if any("died" in str(failure) or "HealthCheck" in type(failure).__name__ for failure in failures.values()):
         return UserError(

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torchvision.models import resnet18
@@ -16,8 +18,11 @@ from pipelines import training_log
 from pipelines.ingest import ingest, source
 from pipelines.sample import write_sample
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
+from pipelines.stage import write_json
 from pipelines.tracking import tracker
 from pipelines.train import (
+    check_labels,
+    explain_failure,
     find_weights,
     load_initial_weights,
     set_up,
@@ -143,6 +148,44 @@ def test_outputs_that_are_not_finite_name_the_images():
     with pytest.raises(UserError, match=r"11, 42.*train\.lr"):
         train_step(model, SetCriterion(settings.model, settings.loss), optimizer, [batch], 0, settings)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items() if k != "class_embed.bias")
+
+
+def test_what_the_user_can_mend_is_a_sentence(tmp_path):
+    def said(error: Exception, storage: str | None = None) -> str:
+        return str(explain_failure(error, tmp_path, storage))
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to")):  # fmt: skip
+        assert "Raise train.micro_batches, set train.recompute=true, or lower train.batch_size" in said(error)
+    for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file"),
+                  Exception("(sqlite3.OperationalError) database or disk is full")):  # fmt: skip
+        assert str(tmp_path) in said(error) and "run the same command" in said(error)
+    assert "access is denied" in said(OSError("AWS Error ACCESS_DENIED during PutObject"), "s3://a/b")
+    assert explain_failure(OSError("what else"), tmp_path, None) is None
+    assert explain_failure(ValueError("a mistake of ours"), tmp_path, "s3://a/b") is None
+
+
+def test_labels_outside_the_map_are_found(tmp_path):
+    table = pa.table({"file_name": ["a.jpg", "b.jpg"], "labels": pa.array([[0, 1], [2]], pa.list_(pa.int64()))})
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    record = {"splits": {"train": {"shards": [{"path": "train-0.parquet", "rows": 2}]}}, "categories": [{}] * 3}
+    write_json(tmp_path / "dataset.json", record)
+    check_labels(tmp_path, record)
+    with pytest.raises(UserError, match=r"b\.jpg .* has the label 2, and the label map ends at 1"):
+        check_labels(tmp_path, {**record, "categories": [{}] * 2})
+
+
+def test_parts_are_frozen_by_their_names_and_settings_that_exclude_each_other_are_refused():
+    settings = override_settings(RunSettings(model=SMALL), {"train.freeze": ["backbone"], "train.recompute": True})
+    model, *_, messages = set_up(settings, ["a", "b", "c"], torch.device("cpu"))
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert messages[-1].startswith("frozen: backbone, 0.") and model.backbone[0].recompute
+    with pytest.raises(UserError, match="no part of the model is named 'backbon'; the nearest is 'backbone'"):
+        set_up(override_settings(settings, {"train.freeze": ["backbon"]}), ["a", "b", "c"], torch.device("cpu"))
+    with pytest.raises(UserError, match="recompute and compile do not go together"):
+        override_settings(settings, {"train.compile": True})
+    with pytest.raises(UserError, match="min_workers is more than num_workers"):
+        override_settings(settings, {"train.min_workers": 2})
 
 
 @pytest.mark.parametrize("preset", ["detr_resnet50", "tiny"])

@@ -21,7 +21,7 @@ from pipelines.ingest import ingest, source
 from pipelines.sample import write_sample
 from pipelines.settings import RunSettings, UserError, override_settings
 from pipelines.stage import read_json
-from pipelines.storage import _s3, copy_verified
+from pipelines.storage import copy_verified
 from pipelines.tracking import tracker
 from pipelines.train import train
 from pipelines.training_log import PROGRESS, read_progress
@@ -36,7 +36,7 @@ SETTINGS = {
     "sample": {"train": 14, "val": 6, "test": 0},
     "train": {"budget": f"{STEPS} steps", "validations": VALIDATIONS, "batch_size": 2, "augment": {"recipe": "light"}},
 }  # fmt: skip
-AGAIN = """
+ALONE = """
 import sys
 from pathlib import Path
 from jobs.common import ray_session
@@ -75,6 +75,23 @@ def straight(tmp_path_factory, settings, dataset) -> tuple[dict, Path]:
     """The training that nothing happens to."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     return run(settings, dataset, folder), folder
+
+
+def start(
+    settings: RunSettings, dataset: Path, place: Path, environment: dict | None = None, nodes: str | None = None
+) -> subprocess.Popen:
+    """The training in place/run, by a driver and a Ray of its own, which write to place/out.
+
+    nodes: on a cluster of which one is killed, as cluster_of_nodes.py says.
+    """
+    (place / "run").mkdir()
+    (place / "settings.yaml").write_text(json.dumps(settings.model_dump(mode="json")))
+    script = ["-c", ALONE] if nodes is None else [str(Path(__file__).with_name("cluster_of_nodes.py"))]
+    paths = [str(path) for path in (place / "settings.yaml", dataset, place / "run")]
+    command = [sys.executable, *script, *paths, *filter(None, [nodes])]
+    with (place / "out").open("wb") as out:
+        environment = os.environ | (environment or {})
+        return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -165,11 +182,7 @@ def test_a_worker_killed_in_mid_epoch_is_as_if_it_had_not_been(tmp_path, setting
 @pytest.mark.ray
 def test_a_driver_killed_and_started_again_is_as_if_it_had_not_been(tmp_path, settings, dataset, straight):
     folder = tmp_path / "run"
-    folder.mkdir()
-    (tmp_path / "settings.yaml").write_text(json.dumps(settings.model_dump(mode="json")))
-    command = [sys.executable, "-c", AGAIN, str(tmp_path / "settings.yaml"), str(dataset), str(folder)]
-    with (tmp_path / "out").open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    process = start(settings, dataset, tmp_path)
     killer = when_validated(folder, 2, lambda: os.killpg(process.pid, signal.SIGKILL))  # and its Ray with it
     process.wait(timeout=240)
     killer.join()
@@ -186,6 +199,31 @@ def test_a_driver_killed_and_started_again_is_as_if_it_had_not_been(tmp_path, se
     ]
     steps = [metric.step for metric in client.get_metric_history(result["run_id"], "train/loss")]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.ray
+def test_a_node_killed_is_as_if_it_had_not_been(tmp_path, settings, dataset, straight):
+    process = start(settings, dataset, tmp_path, nodes="move")
+    assert process.wait(timeout=400) == 0, (tmp_path / "out").read_text()[-3000:]
+    assert_as_if_nothing_had_been(tmp_path / "run", straight)
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_training_goes_on_with_fewer_workers_and_gets_one_back(tmp_path, settings, dataset):
+    """No step and no validation is lost, and every image of every epoch comes, whoever prepares it."""
+    steps = 1500
+    changes = {"train.num_workers": 2, "train.min_workers": 1, "train.batch_size": 1, "train.budget": f"{steps} steps",
+               "train.validations": 20, "train.ema_decay": 0.9}  # fmt: skip
+    process = start(override_settings(settings, changes), dataset, tmp_path, nodes="shrink")
+    assert process.wait(timeout=580) == 0, (tmp_path / "out").read_text()[-3000:]
+    said = events(tmp_path / "run", "start")
+    assert [start["workers"] for start in said] == [2, 1, 2]
+    assert 0 < said[1]["step"] < said[2]["step"] < steps
+    assert "1 of 2 workers are there" in " ".join(record["text"] for record in events(tmp_path / "run", "message"))
+    history = read_json(tmp_path / "run" / "history.json")
+    assert len(history["validations"]) == 20 and history["steps"][-1]["step"] == steps
+    assert {epoch["epoch"] for epoch in events(tmp_path / "run", "epoch")} == set(range(1, 2 * steps // 14 + 1))
 
 
 @pytest.mark.ray
@@ -212,23 +250,16 @@ def test_two_workers_go_through_all_images_and_share_the_validation(tmp_path, se
 
 
 @pytest.mark.ray
-def test_storage_that_fails_every_third_write_costs_nothing_but_time(
-    tmp_path, settings, dataset, straight, monkeypatch
-):
+def test_storage_that_fails_every_third_write_costs_nothing_but_time(tmp_path, settings, dataset, straight):
     if why := ObjectStore.unfit(tmp_path):
         pytest.skip(why)
     with ObjectStore(tmp_path, faulty=True) as store:
-        for key, value in {
+        access = {
             "AWS_ENDPOINT_URL": store.endpoint, "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-        }.items():  # fmt: skip
-            monkeypatch.setenv(key, value)
-        _s3.cache_clear()
-        short = override_settings(settings, {"train.storage": "s3://ready/runs"})
-        store.client().put_object(Bucket="ready", Key="runs/here", Body=b"")
-        result = run(short, dataset, tmp_path / "run")
-        _s3.cache_clear()
-        assert result["steps"] == STEPS and result["AP"] == straight[0]["AP"]
+        }  # fmt: skip
+        process = start(override_settings(settings, {"train.storage": "s3://ready/runs"}), dataset, tmp_path, access)
+        assert process.wait(timeout=300) == 0, (tmp_path / "out").read_text()[-3000:]
         keys = [x["Key"] for x in store.client().list_objects_v2(Bucket="ready", Prefix="runs/run/run/")["Contents"]]
         assert sum(key.endswith("state.pt") for key in keys) in (2, 3)
     one, other = (folder / "checkpoint" / "model.safetensors" for folder in (tmp_path / "run", straight[1]))
@@ -254,7 +285,7 @@ def test_a_worker_that_dies_for_good_is_said_with_what_to_do(tmp_path, settings,
     """As the system's out-of-memory killer does it."""
     folder = tmp_path / "run"
     once = override_settings(settings, {"train.max_failures": 0})
-    killer = when_validated(folder, 1, kill_workers)
+    killer = when_validated(folder, 2, kill_workers)
     with pytest.raises(UserError, match=r"memory runs out\. Raise train\.micro_batches.*goes on from the last"):
         run(once, dataset, folder)
     killer.join()
@@ -281,7 +312,7 @@ def test_a_full_disk_is_said_and_what_was_kept_is_whole(tmp_path, settings, data
             except OSError:
                 return
 
-        filler = when_validated(folder, 1, fill_up)
+        filler = when_validated(folder, 2, fill_up)
         with pytest.raises(UserError, match=r"A disk is full .* free some space and run the same command"):
             train(settings, dataset, _made(folder), tracker(settings, tmp_path, "faults"), "full")
         filler.join()
@@ -297,6 +328,16 @@ def test_a_full_disk_is_said_and_what_was_kept_is_whole(tmp_path, settings, data
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder
+
+
+@pytest.mark.ray
+def test_a_training_that_is_told_to_stop_says_so_in_mlflow(tmp_path, settings, dataset):
+    process = start(settings, dataset, tmp_path)
+    killer = when_validated(tmp_path / "run", 1, process.terminate)
+    assert process.wait(timeout=240) != 0
+    killer.join()
+    run_id = read_json(tmp_path / "run" / "run.json")["run_id"]
+    assert tracker(settings, tmp_path, "faults").client().get_run(run_id).info.status == "KILLED"
 
 
 @pytest.mark.ray
