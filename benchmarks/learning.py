@@ -55,7 +55,7 @@ from pipelines.feed import Feed, first_model, open_feed
 from pipelines.fit import fit_to_data
 from pipelines.settings import RunSettings, UserError, load_settings, override_settings
 from pipelines.stage import read_json
-from pipelines.train import set_up, train_step, update_average
+from pipelines.train import set_up, to_device, train_step, update_average
 from pipelines.validation import validate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -114,7 +114,7 @@ class OurLearner:
     def step(self, batch: dict[str, Tensor], step: int, share: float) -> None:
         """One step, when this share of the time is spent. Raises UserError where the numbers stop being finite."""
         options = self.settings.train
-        batch = {k: v if k in ("counts", "image_ids") else v.to(self.device) for k, v in batch.items()}
+        batch = to_device(batch, self.device)
         factor = lr_factor(step, share, options, self.feed)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor

@@ -44,13 +44,13 @@ from pipelines.fit import fit_to_data
 from pipelines.settings import RunSettings, load_settings
 from pipelines.stage import read_json
 from pipelines.tracking import tracker
-from pipelines.train import set_up, train, train_step, update_average
+from pipelines.train import set_up, to_device, train, train_step, update_average
+from pipelines.training_log import LOG_EVERY
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BARE, RAY, ONE, TWO = "bare loop, batches in memory", "shards, feed, Ray Train", "one worker", "two workers"
 PARTS = {"a": (BARE, RAY), "b": (ONE, TWO)}  # what is compared to, and what is compared
 TO_REACH = {"a": 0.9, "b": 1.7}
-LOG_EVERY = 20  # steps, as in training
 TRAINABLE = [name for name, preset in PRESETS.items() if not preset.get("masks")]
 
 
@@ -87,8 +87,7 @@ def measure_bare(settings: RunSettings, dataset_folder: Path, steps: int, device
         if step == skipped:
             synchronize(device)
             began = time.perf_counter()
-        batch = {k: v if k in ("counts", "image_ids") else v.to(device) for k, v in next(batches).items()}
-        train_step(model, criterion, optimizer, batch, step, settings, 0)
+        train_step(model, criterion, optimizer, [to_device(next(batches), device)], step, settings)
         update_average(ema, model, options.ema_decay)
     synchronize(device)
     counted = steps - skipped

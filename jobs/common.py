@@ -49,6 +49,9 @@ def job(example: str, takes_input: bool = False) -> Callable:
             except UserError as error:
                 _fail(str(error), error.exit_code, as_json)
             except KeyboardInterrupt:
+                from pipelines.tracking import end_open_runs
+
+                end_open_runs("KILLED")
                 _fail("Stopped. The same command goes on from here.", INTERRUPTED, as_json)
             code = result.pop("exit_code", DONE)
             text = result.pop("text", None)
@@ -92,6 +95,8 @@ def ray_session(settings) -> Iterator[None]:
     # More workers than cores are meant here, which Ray warns of every few seconds.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "maximum expected startup concurrency")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # So soon a checkpoint that was reported is known, and a training beside it validated; Ray asks every two seconds.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Workers keep the large blocks a training step frees and asks for again; glibc would give them back to the
     # system each time, and half of a CPU training's time goes into getting them anew.
     for name, value in KEEP_BLOCKS.items():
@@ -116,7 +121,8 @@ def ray_session(settings) -> Iterator[None]:
     import ray.tune
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean stop, as Ctrl-C is; Ray would just leave
+        # A clean stop, as Ctrl-C is; Ray would just leave.
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):  # their own imports set them up
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

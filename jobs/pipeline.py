@@ -14,6 +14,7 @@ from jobs.common import INTERRUPTED, job, ray_session
 def main(settings, store: Path) -> dict:
     """Run all stages; killed and started again it goes on, and what is done already is not done again."""
     from pipelines.ingest import source
+    from pipelines.tracking import end_open_runs
     from pipelines.workflow import data_path, pipeline
 
     found = source(settings, data_path(settings, store))  # what is wrong is said before Ray starts
@@ -21,6 +22,7 @@ def main(settings, store: Path) -> dict:
         try:
             outcome = pipeline(settings, store, found)
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM as Ray hands it on
+            end_open_runs("KILLED")
             # The stages run in the workflow's threads; they end with the process and are taken up by the next start.
             click.echo("Stopped. The same command goes on from here.", err=True)
             sys.stderr.flush()

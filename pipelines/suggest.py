@@ -18,7 +18,7 @@ from pipelines.fit import fit_to_data
 from pipelines.progress import console
 from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
 from pipelines.stage import read_json
-from pipelines.train import find_weights, set_up, train_step, use_machine
+from pipelines.train import find_weights, set_up, to_device, train_step, use_machine
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 WARM_UP, TIMED = 2, 4  # steps
@@ -120,8 +120,7 @@ def measure(settings: RunSettings, dataset_folder: Path, size: int, use_gpu: boo
     try:
         model, _, criterion, optimizer, _ = set_up(settings, names, device)
         for step in range(WARM_UP + TIMED):
-            batch = feed.batch(step)
-            batch = {k: v if k in ("counts", "image_ids", "position") else v.to(device) for k, v in batch.items()}
+            batch = to_device(feed.batch(step), device)
             began = time.perf_counter()
             train_step(model, criterion, optimizer, [batch], step, settings)
             if use_gpu:

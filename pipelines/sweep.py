@@ -50,7 +50,9 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     def trial(config: dict[str, Any]) -> None:
         """A Tune trial: a Ray Train run of its own, named by what it tries, so that it can be taken up again."""
         config = config["values"]
-        changes = {**config, "train.budget": options.budget, "train.validations": 1}
+        changes = {
+            **config, "train.budget": options.budget, "train.validations": 1, "train.validation": "inline",
+        }  # fmt: skip
         mine = override_settings(RunSettings.model_validate(base), changes)
         key = digest(config, 8)
         place = folder / "trials" / key
@@ -86,6 +88,9 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
         if not ended:
             raise UserError(f"No trial of the sweep ended; the first says: {rows[0]['error']}")
         status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
     finally:
         tracker.end_run(run_id, status)
 

@@ -38,6 +38,7 @@ SOURCES = ("detr", "pipelines", "jobs")  # what decides how a run goes; changed 
 TRAINING = "training"  # the type of logged models that hold a training's figures; the registry's are detectors
 
 logger = logging.getLogger(__name__)
+_open: dict[str, Tracker] = {}  # runs of this process, by id; a stage's thread does not hear of Ctrl-C (end_open_runs)
 
 
 def tracker(settings: RunSettings, store: Path, dataset_name: str) -> Tracker:
@@ -155,11 +156,14 @@ class Tracker:
                 known = False
             if known:
                 client.update_run(run_id, status="RUNNING")
-                _last_steps.cache_clear()  # another process may have gone on meanwhile
+                forget_last_steps()
                 if tags:
                     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+                _open[run_id] = self
                 return run_id
-        return client.create_run(self.experiment_id(), tags=tags, run_name=name).info.run_id
+        run_id = client.create_run(self.experiment_id(), tags=tags, run_name=name).info.run_id
+        _open[run_id] = self
+        return run_id
 
     def find_run(self, tags: Mapping[str, Any]) -> str | None:
         """The newest run that carries all these tags, or None."""
@@ -354,8 +358,9 @@ class Tracker:
         self.client().log_inputs(run_id, [DatasetInput(dataset, tags)])
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
-        """Close the run as FINISHED, FAILED or KILLED."""
-        self.client().set_terminated(run_id, status)
+        """Close a run that this process started as FINISHED, FAILED or KILLED; one that is closed stays as it is."""
+        if _open.pop(run_id, None):
+            self.client().set_terminated(run_id, status)
 
     @contextmanager
     def lock(self, timeout: float = 60) -> Iterator[bool]:
@@ -387,6 +392,18 @@ def _client(uri: str) -> MlflowClient:
         client = MlflowClient(uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         return client
+
+
+def forget_last_steps() -> None:
+    """Ask anew which steps were logged: another process may have gone on meanwhile."""
+    _last_steps.cache_clear()
+
+
+def end_open_runs(status: str) -> None:
+    """Close what this process started and has not closed; whoever would close it later on does not any more."""
+    while _open:
+        run_id, tracker = _open.popitem()
+        tracker.client().set_terminated(run_id, status)
 
 
 @lru_cache(maxsize=64)

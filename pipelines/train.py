@@ -12,7 +12,9 @@ import errno
 import math
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -38,14 +40,15 @@ from pipelines.detect import Detector
 from pipelines.feed import Arrivals, first_model, open_feed
 from pipelines.fit import fit_to_data
 from pipelines.progress import console
-from pipelines.settings import RunSettings, TrainSettings, UserError, override_settings
+from pipelines.settings import RunSettings, TrainSettings, UserError, digest, override_settings
 from pipelines.shards import flat_values, read_split
 from pipelines.stage import read_json, write_json
-from pipelines.storage import WORKING, WholeFiles, explain, fetch, filesystem, locate
+from pipelines.storage import WORKING, WholeFiles, fetch, filesystem, locate
 from pipelines.tracking import Tracker, code_version, environment
 from pipelines.training_log import LOG_EVERY, PROGRESS, Follower, TrainingLog, read_history
 from pipelines.training_state import (
     MODEL,
+    StorageError,
     checkpoint_folder,
     finish_model,
     load_state,
@@ -55,9 +58,12 @@ from pipelines.training_state import (
     upload,
 )
 from pipelines.validation import sample_predictions, validate, validate_checkpoint
-from pipelines.workers import gather_over_workers, of_first_worker, sum_over_workers
+from pipelines.workers import gather_over_workers, of_first_worker, several, sum_over_workers, use_machine
 
-LESS_MEMORY = "Raise train.micro_batches, set train.recompute=true, or lower train.batch_size."
+LESS_MEMORY = (
+    "Raise train.micro_batches, set train.recompute=true, or lower evaluate.batch_size; the training goes on from the "
+    "last checkpoint. Or start anew with a lower train.batch_size."
+)
 FAILED = "failed.json"  # what ended the training that the user can mend, said once and not tried again
 
 
@@ -86,93 +92,98 @@ def train(
     settings, fitted = fit_to_data(find_weights(settings), dataset_folder)
     if fitted:
         console.print(f"Fitted to the data: {'; '.join(fitted)}.")
-    use_gpu = uses_gpu(settings)
+    options, use_gpu = settings.train, uses_gpu(settings)
+    beside = _validates_beside(settings, use_gpu)
+    fs, storage = checkpoint_storage(settings, folder)
     run_file = folder / "run.json"
     run_id = read_json(run_file)["run_id"] if run_file.is_file() else None
     run_id = tracker.start_run(name, run_id, tags)
-    write_json(run_file, {"format": 1, "run_id": run_id})
-    tracker.log_params(run_id, settings.model_dump(mode="json"))
-    for split, context in (("train", "training"), ("val", "validation")):
-        record = dataset["splits"][split]
-        tracker.log_dataset(run_id, f"{dataset['name']}-{split}", record["digest"], context, dataset["source"])
-    model_id = tracker.training_model(run_id, name, {"detr.dataset_digest": dataset["digest"]})
-    of_val = {"model_id": model_id, "dataset_name": f"{dataset['name']}-val",
-              "dataset_digest": dataset["splits"]["val"]["digest"]}  # fmt: skip
-
-    fs, storage = checkpoint_storage(settings, folder)
-    for orphan in sweep_orphans(fs, f"{storage}/run"):
-        console.print(f"  Deleted {orphan}, whose upload was cut off.")
-    (folder / FAILED).unlink(missing_ok=True)
-    options = settings.train
-    beside = _validates_beside(settings, use_gpu)
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={
-            "settings": settings.model_dump(mode="json"),
-            "dataset": str(Path(dataset_folder).resolve()),
-            "folder": str(folder),
-            "tracker": tracker,
-            "run_id": run_id,
-            "of_val": of_val,
-            "code": code_version(),  # a worker elsewhere may have no checkout
-            "beside": beside,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(options.min_workers, options.num_workers) if options.min_workers else options.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"GPU": 1, "CPU": 1} if use_gpu else {"CPU": 1},
-        ),
-        run_config=ray.train.RunConfig(
-            name="run",
-            storage_path=storage,
-            storage_filesystem=fs,
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="AP", checkpoint_score_order="max"
-            ),
-            failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
-        ),
-        validation_config=ray.train.ValidationConfig(
-            fn=validate_checkpoint,
-            task_config=ray.train.ValidationTaskConfig(fn_kwargs={
-                "settings": settings.model_dump(mode="json"), "dataset_folder": str(Path(dataset_folder).resolve()),
-                "log": str(folder / PROGRESS), "tracker": asdict(tracker), "run_id": run_id,
-                "of_val": of_val, "device": "cuda" if use_gpu else "cpu",
-            }),
-            ray_remote_kwargs={"num_cpus": 1, "num_gpus": int(use_gpu), "max_retries": 3},
-        ) if beside else None,
-    )  # fmt: skip
     status = "FAILED"
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
+        write_json(run_file, {"format": 1, "run_id": run_id})
+        tracker.log_params(run_id, settings.model_dump(mode="json"))
+        for split, context in (("train", "training"), ("val", "validation")):
+            record = dataset["splits"][split]
+            tracker.log_dataset(run_id, f"{dataset['name']}-{split}", record["digest"], context, dataset["source"])
+        model_id = tracker.training_model(run_id, name, {"detr.dataset_digest": dataset["digest"]})
+        of_val = {"model_id": model_id, "dataset_name": f"{dataset['name']}-val",
+                  "dataset_digest": dataset["splits"]["val"]["digest"]}  # fmt: skip
+        validation = {
+            "settings": settings.model_dump(mode="json"), "dataset_folder": str(Path(dataset_folder).resolve()),
+            "log": str(folder / PROGRESS), "tracker": asdict(tracker), "run_id": run_id, "of_val": of_val,
+            "device": "cuda" if use_gpu else "cpu",
+        }  # fmt: skip
+        (folder / FAILED).unlink(missing_ok=True)
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={
+                "settings": settings.model_dump(mode="json"),
+                "dataset": str(Path(dataset_folder).resolve()),
+                "folder": str(folder),
+                "tracker": tracker,
+                "run_id": run_id,
+                "of_val": of_val,
+                "code": code_version(),  # a worker elsewhere may have no checkout
+                "beside": beside,
+            },
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=(options.min_workers, options.num_workers) if options.min_workers else options.num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"GPU": 1, "CPU": 1} if use_gpu else {"CPU": 1},
+            ),
+            run_config=ray.train.RunConfig(
+                name="run",
+                storage_path=storage,
+                storage_filesystem=fs,
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=2, checkpoint_score_attribute="AP", checkpoint_score_order="max"
+                ),
+                failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
+            ),
+            validation_config=ray.train.ValidationConfig(
+                fn=validate_checkpoint,
+                task_config=ray.train.ValidationTaskConfig(fn_kwargs=validation),
+                ray_remote_kwargs={"num_cpus": 1, "num_gpus": int(use_gpu), "max_retries": 3},
+            ) if beside else None,
+        )  # fmt: skip
         with Follower(folder / PROGRESS, name):
             result = trainer.fit()
         if (folder / FAILED).is_file():
             raise UserError(read_json(folder / FAILED)["error"])
         if result.error is not None:
             raise result.error
-        summary = _finish(result, folder, settings)
+        summary = _finish(result, folder, settings, validation, (fs, f"{storage}/run"))
         tracker.log_file(run_id, folder / "checkpoint", "checkpoint")
         tracker.log_file(run_id, folder / "history.json")
         tracker.log_metrics(run_id, {"best/AP": summary["AP"]}, model_id=model_id)  # MLflow sorts models by it
+        tracker.end_training_model(model_id)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # Ray leaves by sys.exit when Ctrl-C is pressed
         status = "KILLED"
-        raise
+        raise KeyboardInterrupt from stop
     except ray.train.TrainingFailedError as error:
         raise _explain(error, folder, options.storage) from error
     finally:
-        tracker.end_training_model(model_id, ready=status == "FINISHED")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # which fit replaced for good
         tracker.end_run(run_id, status)
     return {"checkpoint": "checkpoint", "history": "history.json", "run_id": run_id, **summary}
 
 
-def _finish(result, folder: Path, settings: RunSettings) -> dict[str, Any]:
-    """Leave the best checkpoint's model and the history in the folder -> the training's summary."""
+def _finish(
+    result, folder: Path, settings: RunSettings, validation: dict[str, Any], storage: tuple[pafs.FileSystem, str]
+) -> dict[str, Any]:
+    """Leave the best checkpoint's model and the history in the folder -> the training's summary.
+
+    validation: arguments of `validate_checkpoint`. storage: where Ray Train kept its checkpoints.
+    """
     summary = result.return_value
     if summary["stopped_early"]:
         console.print(f"  Stopped at step {summary['steps']}: no better AP in {settings.train.patience} validations.")
     best, found = max(result.best_checkpoints, key=lambda pair: (pair[1]["AP"], pair[1]["step"]))
-    if found["AP"] < 0:
-        raise UserError("No validation ended, so that no checkpoint could be chosen; set train.validation=inline.")
+    if found["AP"] < 0:  # every validation beside the training failed: its last model is judged here, or says why not
+        found |= validate_checkpoint(best, **validation)
     with best.as_directory() as place:
         part = folder / ".checkpoint"
         shutil.rmtree(part, ignore_errors=True)
@@ -183,6 +194,7 @@ def _finish(result, folder: Path, settings: RunSettings) -> dict[str, Any]:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         os.replace(part, folder / "checkpoint")
     write_json(folder / "history.json", read_history(folder / PROGRESS))
+    sweep_orphans(*storage)
     return summary
 
 
@@ -197,17 +209,23 @@ def checkpoint_storage(settings: RunSettings, folder: Path) -> tuple[pafs.FileSy
     fs, place = locate(given, WORKING)
     if fs.type_name == "s3":
         filesystem(f"s3://{place.partition('/')[0]}")  # says what is wrong with it, soon
-    return (WholeFiles() if fs.type_name == "local" else fs), f"{place}/{folder.name}"
+    place = f"{place}/{folder.name}-{digest(str(folder), 8)}"  # a sweep's trials are named by what they try alone
+    return (WholeFiles() if fs.type_name == "local" else fs), place
 
 
 def _validates_beside(settings: RunSettings, use_gpu: bool) -> bool:
-    """Whether AP is measured by a task beside the training: as told, else where a GPU is left for it."""
+    """Whether AP is measured by a task beside the training: as told, else where a GPU is left for it.
+
+    Raises UserError where nothing would be left that is told to do it, so that the training would wait for ever.
+    """
     import ray
 
-    told = settings.train.validation
-    if told == "auto":
-        return use_gpu and ray.cluster_resources().get("GPU", 0) > settings.train.num_workers
-    return told == "beside"
+    told, workers = settings.train.validation, settings.train.num_workers
+    kind = "GPU" if use_gpu else "CPU"
+    left = ray.cluster_resources().get(kind, 0) > workers
+    if told == "beside" and not left:
+        raise UserError(f"train.validation=beside needs a {kind} more than the workers', {workers}; set inline.", 2)
+    return told == "beside" or (told == "auto" and use_gpu and left)
 
 
 def check_labels(dataset_folder: Path, dataset: dict[str, Any]) -> None:
@@ -232,6 +250,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         return _train_loop(config)
+    except StorageError:  # the storage may be back soon
+        raise
     except Exception as error:
         explained = explain_failure(error, Path(config["folder"]), config["settings"]["train"]["storage"])
         if explained is None:
@@ -278,13 +298,14 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as place:
-            saved = load_state(Path(place), device)
+            saved = load_state(Path(place))
         state |= saved["progress"]
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         if rank < len(saved["rng"]):
             set_random_state(saved["rng"][rank])
+        del saved
     log = TrainingLog(folder / PROGRESS, config["tracker"], config["run_id"], config["of_val"], rank == 0)
     if rank == 0:
         config["tracker"].log_environment(config["run_id"], environment() | {"code": config["code"]})
@@ -310,7 +331,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         while not budget.is_spent(state["step"]) and not _is_stale(state, options):
             step = state["step"]
             budget.start()
-            parts = [_to_device(next(batches), device) for _ in feed.mine]
+            parts = [to_device(next(batches), device) for _ in feed.mine]
             factor = lr_factor(step, budget.share(step), options, feed)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
@@ -332,7 +353,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                     _even_buffers(model, ema)
                     metrics = None
                     if due and config["beside"]:
-                        _learn_of_validations(state, options)
+                        _learn_of_validations(rank, state, options, budget.full_from)
                     elif due:
                         size = settings.evaluate.batch_size
                         detector = Detector(ema.module, dataset["categories"], batch_size=size, device=device)
@@ -355,7 +376,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """All of a batch that is not read on the host."""
     host = ("counts", "image_ids", "position")
     return {k: v if k in host else v.to(device, non_blocking=True) for k, v in batch.items()}
@@ -363,8 +384,8 @@ def _to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tens
 
 def _even_buffers(model: DETR, ema: torch.optim.swa_utils.AveragedModel) -> None:
     """The first worker's running statistics of batch norms, on all workers: each saw its own images."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for buffer in (*model.buffers(), *ema.buffers()):
+    if several():
+        for buffer in (*model.buffers(), *ema.module.buffers()):
             torch.distributed.broadcast(buffer, 0)
 
 
@@ -373,7 +394,7 @@ def _keep(
     state: dict[str, Any], metrics: dict[str, Any] | None, dataset: dict[str, Any], settings: RunSettings,
     validate_it: bool,
 ) -> None:  # fmt: skip
-    """Hand Ray Train the metrics and, from the first worker, a checkpoint; back when that is stored and verified."""
+    """Hand Ray Train the metrics and, from the first worker, a checkpoint, which then is stored, verified and known."""
     import ray.train
 
     numbers = {"step": state["step"], "validated": state["validated"], "AP": -1.0, "AP50": 0.0}  # while not known
@@ -386,6 +407,8 @@ def _keep(
     with checkpoint_folder(model, ema, optimizer, rng, state, metrics, dataset, settings) as place:
         made = ray.train.Checkpoint.from_directory(place)
         ray.train.report(numbers, checkpoint=made, checkpoint_upload_fn=upload, validation=validate_it)
+    # It lies in storage; but only when the controller has noted it, too, will a restart find it.
+    ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
 
 
 def _count_validation(state: dict[str, Any], step: int, metrics: dict[str, Any], first: bool) -> None:
@@ -399,16 +422,22 @@ def _count_validation(state: dict[str, Any], step: int, metrics: dict[str, Any],
         state |= {"best_AP": metrics["AP"], "best_AP50": metrics["AP50"], "best_step": step}
 
 
-def _learn_of_validations(state: dict[str, Any], options: TrainSettings) -> None:
-    """Where somebody has patience: await the validations beside the training up to the one before this."""
+def _learn_of_validations(rank: int, state: dict[str, Any], options: TrainSettings, full_from: int) -> None:
+    """Where somebody has patience: await the validations beside the training up to the one before this.
+
+    Those up to step full_from do not count, as in `_count_validation`.
+    """
     import ray.train
 
     if not options.patience:
         return
-    known = [x.metrics for x in ray.train.get_all_reported_checkpoints() if x.metrics["AP"] >= 0]
-    if known:
-        best = max(known, key=lambda metrics: metrics["AP"])
-        state["stale"] = of_first_worker(state["validated"] - 1 - best["validated"])
+    stale = 0
+    if rank == 0:
+        known = [found.metrics for found in ray.train.get_all_reported_checkpoints()]
+        known = [metrics for metrics in known if metrics["AP"] >= 0 and metrics["step"] > full_from]
+        if known:
+            stale = state["validated"] - 1 - max(known, key=lambda metrics: metrics["AP"])["validated"]
+    state["stale"] = of_first_worker(stale)
 
 
 def uses_gpu(settings: RunSettings) -> bool:
@@ -416,12 +445,6 @@ def uses_gpu(settings: RunSettings) -> bool:
     import ray
 
     return settings.train.use_gpu if settings.train.use_gpu is not None else ray.cluster_resources().get("GPU", 0) > 0
-
-
-def use_machine(workers: int = 1) -> None:
-    """All cores, which the workers of a machine share (Ray tells its own one thread each), and TF32 where there is."""
-    torch.set_num_threads(max(1, cpu_count() // workers))
-    torch.set_float32_matmul_precision("high")
 
 
 def set_up(
@@ -588,17 +611,14 @@ def explain_failure(error: BaseException, folder: Path, storage: str | None) -> 
     if isinstance(error, UserError):
         return error
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return UserError(f"A worker's memory does not hold a training step. {LESS_MEMORY} The last checkpoint is kept.")
+        return UserError(f"A worker's memory does not hold what it is to do. {LESS_MEMORY}")
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if full or "No space left" in text or "disk is full" in text or "PytorchStreamWriter failed" in text:
+    written = "PytorchStreamWriter failed" not in text or shutil.disk_usage(tempfile.gettempdir()).free > 2**26
+    if full or "No space left" in text or "disk is full" in text or not written:
         places = ", ".join(filter(None, (str(folder), tempfile.gettempdir(), storage)))
         return UserError(
             f"A disk is full (used are {places}); free some space and run the same command: it goes on from the last "
             "checkpoint."
-        )
-    if isinstance(error, OSError) and storage:
-        return UserError(
-            f"A checkpoint could not be stored: {explain(error)} Run the same command to go on from the last one."
         )
     return None
 
@@ -620,6 +640,6 @@ def _explain(error: Exception, folder: Path, storage: str | None) -> UserError:
     if any("died" in str(failure) or "HealthCheck" in type(failure).__name__ for failure in failures.values()):
         return UserError(
             "A training worker died without a word, again and again: most often the system ends it because memory runs "
-            f"out. {LESS_MEMORY} The same command goes on from the last checkpoint."
+            f"out. {LESS_MEMORY}"
         )
     return UserError(f"The training failed: {text[-1] if text else type(error).__name__}")

@@ -1,6 +1,7 @@
 """What a training says of itself: a JSON-lines file, MLflow, and a bar for the person who started it."""
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import threading
@@ -112,7 +113,7 @@ class TrainingLog:
     def _write(self, record: dict[str, Any]) -> None:
         if self.active:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write("\n" * (record["event"] == "start") + json.dumps(record) + "\n")  # after what was cut off
 
     def _track(self, metrics: dict[str, float], step: int, **bound: str) -> None:
         if self.active:
@@ -123,7 +124,7 @@ def read_progress(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines of a progress file."""
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):
+            with contextlib.suppress(json.JSONDecodeError):  # cut off, by a kill or a full disk
                 yield json.loads(line)
 
 

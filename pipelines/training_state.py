@@ -1,6 +1,7 @@
 """What a training goes on from after a stop: written as one folder, verified where it was put, and read again."""
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from collections.abc import Iterator
@@ -16,10 +17,14 @@ from detr.model import DETR
 from detr.optimizer import MuonAdamW
 from pipelines.settings import RunSettings, UserError
 from pipelines.stage import write_json
-from pipelines.storage import copy_verified
+from pipelines.storage import copy_verified, explain
 
 STATE, MODEL, METRICS = "state.pt", "model", "validation.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints it knows
+
+
+class StorageError(UserError):
+    """A checkpoint could not be stored; it may be better soon."""
 
 
 @contextmanager
@@ -55,9 +60,9 @@ def checkpoint_folder(
         yield Path(place)
 
 
-def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
-    """The state in a checkpoint: "model", "ema", "optimizer", "rng" and "progress"."""
-    return torch.load(Path(folder) / STATE, map_location=device, weights_only=True)
+def load_state(folder: Path) -> dict[str, Any]:
+    """The state in a checkpoint, on the CPU: "model", "ema", "optimizer", "rng" and "progress"."""
+    return torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
 
 
 def random_state() -> dict[str, Any]:
@@ -68,9 +73,9 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     """As they were when `random_state` was asked for."""
-    torch.set_rng_state(state["cpu"].cpu())
+    torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def upload(checkpoint, name: str):
@@ -79,7 +84,14 @@ def upload(checkpoint, name: str):
 
     storage = ray.train.get_context().get_storage()
     place = storage.build_checkpoint_path_from_name(name)
-    copy_verified(Path(checkpoint.path), storage.storage_filesystem, place)
+    try:
+        copy_verified(Path(checkpoint.path), storage.storage_filesystem, place)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise StorageError(
+            f"A checkpoint could not be stored: {explain(error)} Run the same command to go on from the last one."
+        ) from error
     return ray.train.Checkpoint(place, storage.storage_filesystem)
 
 
@@ -92,7 +104,10 @@ def finish_model(folder: Path, metrics: dict[str, Any]) -> None:
 
 
 def sweep_orphans(fs: pafs.FileSystem, run: str) -> list[str]:
-    """Delete checkpoints in a run's folder that Ray Train does not know: of uploads that were cut off. Their names."""
+    """Delete checkpoints in a run's folder that Ray Train does not know: of uploads that were cut off. Their names.
+
+    For a run that is over: a controller that still lives may be about to name them.
+    """
     if fs.get_file_info(run).type == pafs.FileType.NotFound:
         return []
     known = ""

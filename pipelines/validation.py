@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from joblib import cpu_count
 from PIL import Image
 
 from detr.draw import class_colours, draw_truth_and_detections, picture_grid
@@ -18,10 +17,10 @@ from pipelines.evaluate import check_ids, coco_metrics, coco_truth, detect_rows,
 from pipelines.settings import RunSettings
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, forget_last_steps
 from pipelines.training_log import TrainingLog
 from pipelines.training_state import MODEL
-from pipelines.workers import gather_over_workers, of_first_worker
+from pipelines.workers import gather_over_workers, of_first_worker, use_machine
 
 SHOWN, SHOWN_FROM = 6, 0.3  # pictures of a validation, and the score a detection on them has at least
 
@@ -59,14 +58,19 @@ def validate_checkpoint(
     of_val: dict[str, str], device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Ray Train's validation task: the averaged model of a checkpoint, measured while the training goes on."""
-    torch.set_num_threads(cpu_count())
+    use_machine()
+    forget_last_steps()  # of a run that another process has logged since
     known = RunSettings.model_validate(settings)
     dataset = read_json(Path(dataset_folder) / "dataset.json")
     with checkpoint.as_directory() as place:
         detector = Detector.load(Path(place) / MODEL, known.evaluate.batch_size, device)
         step = detector_step(Path(place))
-    metrics = validate(detector, dataset, Path(dataset_folder), known)
     said = TrainingLog(Path(log), Tracker(**tracker), run_id, of_val)
+    try:
+        metrics = validate(detector, dataset, Path(dataset_folder), known)
+    except Exception as error:
+        said.say(f"The validation of step {step} failed: {error}")
+        raise
     said.validation(step, metrics, sample_predictions(detector, dataset, Path(dataset_folder), known))
     return {"AP": metrics["AP"], "AP50": metrics["AP50"], "metrics": metrics}
 

@@ -3,9 +3,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from joblib import cpu_count
 
 from detr.criterion import host_group
+
+
+def use_machine(workers: int = 1) -> None:
+    """All cores, which the workers of a machine share (Ray tells its own one thread each), and TF32 where there is."""
+    torch.set_num_threads(max(1, cpu_count() // workers))
+    torch.set_float32_matmul_precision("high")
 
 
 def several() -> bool:

@@ -20,6 +20,10 @@ from pipelines.stage import read_json, run_stage, write_json
 if TYPE_CHECKING:
     from pipelines.ingest import Source
 
+SAME_MODEL = (  # how a training is done, and not what comes of it
+    "micro_batches", "recompute", "compile", "min_workers", "max_failures", "validation", "checkpoint_minutes",
+    "storage",
+)  # fmt: skip
 APPLICATION_VERSION = "1"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
 VERSIONS = {"sample": 1, "ingest": 3, "sweep": 7, "train": 7, "evaluate": 1, "predict": 1, "report": 2}
@@ -365,8 +369,9 @@ def weights_digest(checkpoint: Path) -> str:
 
 
 def _training_settings(settings: RunSettings) -> dict[str, Any]:
-    """The settings a training depends on."""
+    """The settings a training depends on: with other values of the rest it goes on from where it is."""
     groups = settings.model_dump(mode="json")
+    groups["train"] = {key: value for key, value in groups["train"].items() if key not in SAME_MODEL}
     chosen = {key: groups[key] for key in ("seed", "model", "loss", "fit", "train")}
     return {**chosen, "max_dets": settings.evaluate.max_dets, "max_pixels": settings.ingest.max_pixels}
 

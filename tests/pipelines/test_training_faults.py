@@ -128,8 +128,8 @@ def when_validated(folder: Path, times: int, then, seconds: float = 240) -> thre
 
 
 def kill_workers() -> None:
-    """kill -9 of this process' training workers."""
-    mine = [p for p in psutil.process_iter(["cmdline"]) if "ray::RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    """kill -9 of the training workers of this process' Ray."""
+    mine = [p for p in psutil.Process().children(recursive=True) if "ray::RayTrainWorker" in " ".join(p.cmdline())]
     assert mine
     for process in mine:
         process.kill()
@@ -142,7 +142,7 @@ def assert_as_if_nothing_had_been(folder: Path, straight: tuple[dict, Path]) -> 
     history, expected = (read_json(where / "history.json") for where in (folder, straight[1]))
     assert [v["step"] for v in history["validations"]] == [v["step"] for v in expected["validations"]]
     assert [v["AP"] for v in history["validations"]] == [v["AP"] for v in expected["validations"]]
-    state, other = (load_state(checkpoints(where)[-1], torch.device("cpu")) for where in (folder, straight[1]))
+    state, other = (load_state(checkpoints(where)[-1]) for where in (folder, straight[1]))
     assert state["progress"]["step"] == other["progress"]["step"] == STEPS
     assert_same_weights(state, other)
 
@@ -153,7 +153,7 @@ def test_a_training_keeps_all_it_needs_and_tells_mlflow_the_truth(straight, data
     assert result["steps"] == STEPS and len(events(folder, "validation")) == VALIDATIONS
     kept = checkpoints(folder)
     assert len(kept) <= 3 and not sweep_orphans(pafs.LocalFileSystem(), str(folder / "ray" / "run"))
-    state = load_state(kept[-1], torch.device("cpu"))
+    state = load_state(kept[-1])
     assert state["progress"]["step"] == STEPS and len(state["rng"]) == 1
     client = tracker(RunSettings(), folder.parent, "faults").client()
     found = client.get_run(result["run_id"])
@@ -183,7 +183,12 @@ def test_a_worker_killed_in_mid_epoch_is_as_if_it_had_not_been(tmp_path, setting
 def test_a_driver_killed_and_started_again_is_as_if_it_had_not_been(tmp_path, settings, dataset, straight):
     folder = tmp_path / "run"
     process = start(settings, dataset, tmp_path)
-    killer = when_validated(folder, 2, lambda: os.killpg(process.pid, signal.SIGKILL))  # and its Ray with it
+
+    def kill() -> None:
+        for each in (process, *psutil.Process(process.pid).children(recursive=True)):  # and its Ray with it
+            each.kill()
+
+    killer = when_validated(folder, 2, kill)
     process.wait(timeout=240)
     killer.join()
     assert process.returncode == -signal.SIGKILL, (tmp_path / "out").read_text()[-2000:]
@@ -246,7 +251,7 @@ def test_two_workers_go_through_all_images_and_share_the_validation(tmp_path, se
     epochs = events(tmp_path / "run", "epoch")
     assert [epoch["images"] for epoch in epochs] == [14, 14, 14]
     assert result["steps"] == 11 and len(events(tmp_path / "run", "validation")) == 2
-    assert len(load_state(checkpoints(tmp_path / "run")[-1], torch.device("cpu"))["rng"]) == 2
+    assert len(load_state(checkpoints(tmp_path / "run")[-1])["rng"]) == 2
 
 
 @pytest.mark.ray
@@ -260,7 +265,7 @@ def test_storage_that_fails_every_third_write_costs_nothing_but_time(tmp_path, s
         }  # fmt: skip
         process = start(override_settings(settings, {"train.storage": "s3://ready/runs"}), dataset, tmp_path, access)
         assert process.wait(timeout=300) == 0, (tmp_path / "out").read_text()[-3000:]
-        keys = [x["Key"] for x in store.client().list_objects_v2(Bucket="ready", Prefix="runs/run/run/")["Contents"]]
+        keys = [x["Key"] for x in store.client().list_objects_v2(Bucket="ready", Prefix="runs/run-")["Contents"]]
         assert sum(key.endswith("state.pt") for key in keys) in (2, 3)
     one, other = (folder / "checkpoint" / "model.safetensors" for folder in (tmp_path / "run", straight[1]))
     assert one.read_bytes() == other.read_bytes()
@@ -274,7 +279,7 @@ def test_numbers_that_are_no_numbers_end_a_training_with_a_sentence(tmp_path, se
     with pytest.raises(UserError, match=r"stopped being finite .*Lower train\.lr \(it is 1e\+12\)"):
         run(mad, dataset, tmp_path / "run")
     assert len(events(tmp_path / "run", "start")) == 2, "it is not tried again in vain"
-    last = load_state(checkpoints(tmp_path / "run")[-1], torch.device("cpu"))
+    last = load_state(checkpoints(tmp_path / "run")[-1])
     assert all(bool(torch.isfinite(value).all()) for value in last["model"].values())
     tracked = tracker(settings, tmp_path, "faults")
     assert tracked.client().get_run(read_json(tmp_path / "run" / "run.json")["run_id"]).info.status == "FAILED"
@@ -289,7 +294,7 @@ def test_a_worker_that_dies_for_good_is_said_with_what_to_do(tmp_path, settings,
     with pytest.raises(UserError, match=r"memory runs out\. Raise train\.micro_batches.*goes on from the last"):
         run(once, dataset, folder)
     killer.join()
-    assert load_state(checkpoints(folder)[-1], torch.device("cpu"))["progress"]["step"] >= STEPS / VALIDATIONS
+    assert load_state(checkpoints(folder)[-1])["progress"]["step"] >= STEPS / VALIDATIONS
 
 
 @pytest.mark.ray
@@ -317,7 +322,7 @@ def test_a_full_disk_is_said_and_what_was_kept_is_whole(tmp_path, settings, data
             train(settings, dataset, _made(folder), tracker(settings, tmp_path, "faults"), "full")
         filler.join()
         known = checkpoints(folder)
-        assert load_state(known[-1], torch.device("cpu"))["progress"]["step"] >= STEPS / VALIDATIONS
+        assert load_state(known[-1])["progress"]["step"] >= STEPS / VALIDATIONS
         (place / "filler").unlink()
         result = train(settings, dataset, folder, tracker(settings, tmp_path, "faults"), "full")
         assert result["steps"] == STEPS
