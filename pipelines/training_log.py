@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 import threading
 import time
@@ -42,6 +43,9 @@ class TrainingLog:
 
     def start(self, step: int, messages: list[str], parameters: tuple[int, int], workers: int, feed: Feed) -> None:
         self.per_epoch = feed.steps_per_epoch()
+        if self.active and self.path.is_file():
+            whole = self.path.read_bytes()
+            os.truncate(self.path, whole.rfind(b"\n") + 1)  # without a line that was cut off, by a kill or a full disk
         self._write({"event": "start", "step": step, "messages": messages, "parameters": parameters[0],
                      "trainable": parameters[1], "workers": workers, "epoch_images": feed.images})  # fmt: skip
 
@@ -113,7 +117,7 @@ class TrainingLog:
     def _write(self, record: dict[str, Any]) -> None:
         if self.active:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * (record["event"] == "start") + json.dumps(record) + "\n")  # after what was cut off
+                file.write(json.dumps(record) + "\n")
 
     def _track(self, metrics: dict[str, float], step: int, **bound: str) -> None:
         if self.active:
@@ -124,7 +128,7 @@ def read_progress(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines of a progress file."""
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # cut off, by a kill or a full disk
+            with contextlib.suppress(json.JSONDecodeError):  # the last one, while it is written
                 yield json.loads(line)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import repeat
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def steps(net: nn.Module, config: ModelConfig, number: int = 2, precision: torch
         if config.queries == "anchors":
             targets = [{"labels": torch.tensor([1, 2]), "boxes": torch.full((2, 4), 0.4)}] * 2
             generator = torch.Generator().manual_seed(2)
-            denoising = make_denoising_queries(targets, DenoisingConfig(groups=2), 4, generator)
+            denoising = make_denoising_queries(targets, DenoisingConfig(groups=2), 4, repeat(generator))
         storages: dict[int, int] = {}
 
         def pack(x: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:

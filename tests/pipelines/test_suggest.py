@@ -55,8 +55,8 @@ def test_batches_grow_until_the_images_end_and_what_is_suggested_can_be_copied(d
 
 
 def test_a_batch_too_large_for_the_memory_is_a_row_and_no_end(dataset, monkeypatch):
-    def step(net, criterion, optimizer, batch, *rest):
-        if len(batch["counts"]) > limit:
+    def step(net, criterion, optimizer, parts, *rest):
+        if len(parts[0]["counts"]) > limit:
             raise error
 
     monkeypatch.setattr(module, "train_step", step)

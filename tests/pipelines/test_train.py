@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 import torch
 from torchvision.models import resnet18
 
@@ -64,6 +66,9 @@ def test_steps_done_again_after_a_stop_count_once(tmp_path):
     ]  # fmt: skip
     path.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"event": "st')  # killed while writing
     history = read_history(path)
+    feed = SimpleNamespace(steps_per_epoch=lambda: 3.5, images=7)
+    TrainingLog(path, None, "", {}).start(40, [], (1, 1), 1, feed)  # as the next start does
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()[-2:]] == ["step", "start"]
     assert [(s["step"], s["loss"]) for s in history["steps"]] == [(20, 3.0), (40, 2.0)]
     assert [v["AP"] for v in history["validations"]] == [0.1]
 
@@ -150,19 +155,38 @@ def test_outputs_that_are_not_finite_name_the_images():
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items() if k != "class_embed.bias")
 
 
-def test_what_the_user_can_mend_is_a_sentence(tmp_path):
+def test_what_the_user_can_mend_is_a_sentence(tmp_path, monkeypatch):
     def said(error: Exception, storage: str | None = None) -> str:
         return str(explain_failure(error, tmp_path, storage))
 
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to")):  # fmt: skip
-        assert "Raise train.micro_batches, set train.recompute=true, or lower train.batch_size" in said(error)
-    for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file"),
+        assert "Raise train.micro_batches, set train.recompute=true, or lower" in said(error)
+    writing = RuntimeError("PytorchStreamWriter failed writing file")
+    assert explain_failure(writing, tmp_path, None) is None  # there is space
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    for error in (OSError(28, "No space left on device"), writing,
                   Exception("(sqlite3.OperationalError) database or disk is full")):  # fmt: skip
         assert str(tmp_path) in said(error) and "run the same command" in said(error)
-    assert "access is denied" in said(OSError("AWS Error ACCESS_DENIED during PutObject"), "s3://a/b")
-    assert explain_failure(OSError("what else"), tmp_path, None) is None
+    for storage in (None, "s3://a/b"):  # the next try may go well
+        assert explain_failure(OSError("what else"), tmp_path, storage) is None
     assert explain_failure(ValueError("a mistake of ours"), tmp_path, "s3://a/b") is None
+
+
+def test_patience_waits_for_validations_beside_the_training(monkeypatch):
+    """Those of images at full size alone, up to the one before."""
+    def stale(validated: int, aps: dict[int, float], full_from: int = 0, patience: int = 3) -> int:
+        found = [SimpleNamespace(metrics={"AP": ap, "step": 10 * n, "validated": n}) for n, ap in aps.items()]
+        monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda: found)
+        state = {"validated": validated, "stale": 0}
+        module._learn_of_validations(0, state, TrainSettings(patience=patience), full_from)
+        return state["stale"]
+
+    assert stale(1, {}) == 0 and stale(2, {1: 0.3}) == 0
+    assert stale(5, {2: 0.5, 3: 0.4, 4: 0.4}) == 2  # of others no checkpoint was kept
+    assert stale(5, {2: 0.5, 4: -1.0}) == 2
+    assert stale(5, {2: 0.5, 3: 0.2, 4: 0.3}, full_from=25) == 0
+    assert stale(9, {2: 0.5}, patience=0) == 0
 
 
 def test_labels_outside_the_map_are_found(tmp_path):
