@@ -4,7 +4,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -13,7 +12,7 @@ from PIL import Image
 from detr.draw import class_colours, draw_truth_and_detections, picture_grid
 from detr.transforms import decode_image
 from pipelines.detect import Detector
-from pipelines.evaluate import check_ids, coco_metrics, coco_truth, detect_rows, detections_to_coco
+from pipelines.evaluate import DETECTIONS, check_ids, coco_metrics, coco_truth, detect_rows, detections_to_coco
 from pipelines.settings import RunSettings
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json
@@ -34,12 +33,8 @@ def validate(
 
     All workers have to call it with the same weights.
     """
-    tables = []
-    for shard in split_shards(dataset_folder, "val"):  # one at a time: the images need not fit in memory together
-        images = pq.read_table(shard, columns=["image_id", "file_name", "image"])
-        mine = images.take(np.arange(rank, len(images), workers))
-        tables.append(detect_rows(detector, mine, settings.ingest.max_pixels))
-    found = pa.concat_tables(gather_over_workers(pa.concat_tables(tables)) if workers > 1 else tables)
+    mine = find_objects(detector, dataset_folder, settings, rank, workers)
+    found = pa.concat_tables(gather_over_workers(mine) if workers > 1 else [mine])
     metrics = None
     if rank == 0:
         rows = read_split(dataset_folder, "val", ["image_id", "file_name", "width", "height", "annotations"])
@@ -51,6 +46,20 @@ def validate(
         # Without any ground truth there is no AP; training goes on and the report says so in words.
         metrics |= {"AP": metrics["AP"] or 0.0, "AP50": metrics["AP50"] or 0.0}
     return of_first_worker(metrics)
+
+
+def find_objects(detector: Detector, dataset_folder: Path, settings: RunSettings, rank: int, workers: int) -> pa.Table:
+    """What a detector finds on one worker's part of the split "val" (evaluate.DETECTIONS).
+
+    Images share a batch with the same others whatever the number of workers, and as `evaluate` has them: how far an
+    image is padded changes what is found on it in the third digit.
+    """
+    size, tables = settings.evaluate.batch_size, [DETECTIONS.empty_table()]
+    for shard in split_shards(dataset_folder, "val"):  # one at a time: the images need not fit in memory together
+        images = pq.read_table(shard, columns=["image_id", "file_name", "image"])
+        for start in range(rank * size, len(images), workers * size):
+            tables.append(detect_rows(detector, images.slice(start, size), settings.ingest.max_pixels))
+    return pa.concat_tables(tables)
 
 
 def validate_checkpoint(

@@ -11,12 +11,17 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 import torch
 from object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
 
+from pipelines.detect import Detector
+from pipelines.evaluate import evaluate
 from pipelines.ingest import ingest, source
 from pipelines.sample import write_sample
 from pipelines.settings import RunSettings, UserError, override_settings
@@ -26,6 +31,7 @@ from pipelines.tracking import tracker
 from pipelines.train import train
 from pipelines.training_log import PROGRESS, read_progress
 from pipelines.training_state import SNAPSHOT, load_state, sweep_orphans
+from pipelines.validation import find_objects
 
 STEPS, VALIDATIONS = 60, 6
 SETTINGS = {
@@ -253,6 +259,22 @@ def test_two_workers_go_through_all_images_and_share_the_validation(tmp_path, se
     assert [epoch["images"] for epoch in epochs] == [14, 14, 14]
     assert result["steps"] == 11 and len(events(tmp_path / "run", "validation")) == 2
     assert len(load_state(checkpoints(tmp_path / "run")[-1])["rng"]) == 2
+
+
+@pytest.mark.ray
+def test_a_validation_finds_the_same_whoever_does_it(settings, dataset, straight):
+    """Images of several shapes: any number of workers, to the last bit, and who evaluates the checkpoint."""
+    few = override_settings(settings, {"evaluate.batch_size": 2})
+    detector = Detector.load(straight[1] / "checkpoint", 2)
+    alone = find_objects(detector, dataset, few, 0, 1).sort_by("image_id")
+    shared = pa.concat_tables([find_objects(detector, dataset, few, rank, 2) for rank in range(2)]).sort_by("image_id")
+    assert len(alone) == 6 and alone.equals(shared)
+    (dataset.parent / "evaluated").mkdir()
+    evaluate(few, dataset, straight[1] / "checkpoint", "val", dataset.parent / "evaluated")
+    found = pq.read_table(dataset.parent / "evaluated" / "detections.parquet")
+    for column in ("image_id", "scores", "boxes"):
+        ours, theirs = (np.array(table[column].to_pylist()) for table in (alone, found))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.ray
