@@ -224,7 +224,7 @@ def _validates_beside(settings: RunSettings, use_gpu: bool) -> bool:
     kind = "GPU" if use_gpu else "CPU"
     left = ray.cluster_resources().get(kind, 0) > workers
     if told == "beside" and not left:
-        raise UserError(f"train.validation=beside needs a {kind} more than the workers', {workers}; set inline.", 2)
+        raise UserError(f"train.validation=beside needs a {kind} more than there are workers ({workers}).", 2)
     return told == "beside" or (told == "auto" and use_gpu and left)
 
 

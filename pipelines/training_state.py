@@ -19,7 +19,7 @@ from pipelines.settings import RunSettings, UserError
 from pipelines.stage import write_json
 from pipelines.storage import copy_verified, explain
 
-STATE, MODEL, METRICS = "state.pt", "model", "validation.json"
+STATE, MODEL = "state.pt", "model"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints it knows
 
 

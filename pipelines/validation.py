@@ -73,7 +73,7 @@ def validate_checkpoint(
     dataset = read_json(Path(dataset_folder) / "dataset.json")
     with checkpoint.as_directory() as place:
         detector = Detector.load(Path(place) / MODEL, known.evaluate.batch_size, device)
-        step = detector_step(Path(place))
+        step = read_json(Path(place) / MODEL / "config.json")["trained"]["step"]
     said = TrainingLog(Path(log), Tracker(**tracker), run_id, of_val)
     try:
         metrics = validate(detector, dataset, Path(dataset_folder), known)
@@ -84,15 +84,10 @@ def validate_checkpoint(
     return {"AP": metrics["AP"], "AP50": metrics["AP50"], "metrics": metrics}
 
 
-def detector_step(checkpoint: Path) -> int:
-    """The training step of a checkpoint's model."""
-    return read_json(checkpoint / MODEL / "config.json")["trained"]["step"]
-
-
 def sample_predictions(
     detector: Detector, dataset: dict[str, Any], dataset_folder: Path, settings: RunSettings
-) -> Image.Image | None:
-    """Some validation images with truth and detections, always the same ones; None where there is none."""
+) -> Image.Image:
+    """Some validation images with truth and detections, always the same ones."""
     names = [category["name"] for category in dataset["categories"]]
     shard = split_shards(dataset_folder, "val")[0]
     rows = pq.ParquetFile(shard).iter_batches(SHOWN, columns=["image", "boxes", "labels"])
@@ -105,4 +100,4 @@ def sample_predictions(
             image, row["boxes"], [names[label] for label in row["labels"]], found["boxes"][kept],
             [names[label] for label in found["labels"][kept]], found["scores"][kept].tolist(), class_colours(names),
         ))  # fmt: skip
-    return picture_grid(pictures) if pictures else None
+    return picture_grid(pictures)
