@@ -112,6 +112,8 @@ def ray_session(settings) -> Iterator[None]:
         # A resumed Ray Data job starves with few CPUs, so there are at least six logical ones.
         cpus = settings.cluster.num_cpus or max(6, os.cpu_count() or 1)
         options |= {"num_cpus": cpus, "include_dashboard": False}
+        # Nobody takes this machine back, and every process of Ray's takes a hundredth of a core.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
     except ConnectionError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +21,14 @@ class Budget:
     """When training ends, validates and sees images at full size, in steps.
 
     Minutes become steps after a measured warm-up, and once more later, when the pace of the rest is known: in the first
-    part at smaller images that of full size is only guessed, and mosaics come after some epochs. What was decided is
-    kept in a file, and what was spent in the checkpoints (`state`), so that a training that goes on after a stop ends
-    where it would have.
+    part at smaller images that of full size is only guessed, and mosaics come after some epochs. What was decided after
+    which step is kept in a file, and what was spent in the checkpoints (`state`), so that a training that goes on after
+    a stop decides the same again.
     """
 
-    def __init__(self, options: TrainSettings, feed: Feed, folder: Path, state: dict[str, float] | None = None):
+    def __init__(
+        self, options: TrainSettings, feed: Feed, folder: Path, step: int = 0, state: dict[str, float] | None = None
+    ):
         amount, unit = parse_budget(options.budget)
         self.validations, self.leads = options.validations, 0 in feed.mine
         self.file = folder / "budget.json"
@@ -39,12 +42,13 @@ class Budget:
         self.state = {"spent": 0.0, "small": 0.0, "validations": 0, **(state or {})}
         self.durations: list[float] = []  # of the part that is measured
         self.began = time.monotonic()
+        self.plans: list[dict[str, Any]] = []  # made so far, in this start or one before
         if unit == "seconds":
             if self.file.is_file():
-                known = read_json(self.file)
-                self.steps, self.full_from, self.cost, self.again = (
-                    known[key] for key in ("steps", "full_from", "cost", "again")
-                )
+                self.plans = read_json(self.file)["plans"]
+            for plan in self.plans:
+                if plan["after"] <= step:
+                    self._adopt(plan)
         else:
             self.steps = to_steps(options.budget, feed)
             self.full_from = round(self.steps * self.part / (self.part + (1 - self.part) * self.cost))
@@ -68,24 +72,37 @@ class Budget:
         self.state["small"] += duration * small
         if self.steps is None or not small:
             self.durations.append(duration)
-        if self.steps is None:
-            plan = self._plan(step)
-        elif step == self.again:
-            plan = self._plan_again(step)
-        else:
+        if self.steps is not None and step != self.again:
             return
-        if plan := of_first_worker(plan):  # at the same steps on all
-            first = self.steps is None
-            self.steps, self.full_from, self.cost = plan
-            rest = self.steps - self.full_from
-            at = self.full_from + min(MEASURE_TO, max(1, rest // 4)) if self.part else self.steps // 2
-            self.again = at if first and step < at < self.steps else None
-            self.durations.clear()
-            if self.leads:
-                write_json(self.file, {
-                    "format": 2, "steps": self.steps, "full_from": self.full_from, "cost": self.cost,
-                    "again": self.again,
-                })  # fmt: skip
+        if plan := of_first_worker(self._known_plan(step) or self._new_plan(step)):  # at the same steps on all
+            self._adopt(plan)
+            if self.leads and plan not in self.plans:
+                self.plans.append(plan)
+                write_json(self.file, {"format": 3, "plans": self.plans})
+
+    def _adopt(self, plan: dict[str, Any]) -> None:
+        self.steps, self.full_from, self.cost, self.again = (
+            plan[key] for key in ("steps", "full_from", "cost", "again")
+        )
+        self.durations.clear()
+
+    def _known_plan(self, step: int) -> dict[str, Any] | None:
+        """What was decided after this step before a stop."""
+        return next((plan for plan in self.plans if plan["after"] == step), None)
+
+    def _new_plan(self, step: int) -> dict[str, Any] | None:
+        """What the pace so far leads to, where it is time to decide and a start before this one has not."""
+        first = self.steps is None
+        if first and self.plans:  # it comes at the step where it came before
+            return None
+        found = self._plan(step) if first else self._plan_again(step)
+        if found is None:
+            return None
+        steps, full_from, cost = found
+        rest = steps - full_from
+        at = full_from + min(MEASURE_TO, max(1, rest // 4)) if self.part else steps // 2
+        again = at if first and step < at < steps else None
+        return {"after": step, "steps": steps, "full_from": full_from, "cost": cost, "again": again}
 
     def share(self, step: int) -> float | None:
         """The share of the training that is over after so many steps, by the time they take; None while unknown."""

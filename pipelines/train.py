@@ -318,7 +318,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         seen = math.ceil(options.batch_size / options.micro_batches)
         log.say(f"Batch norms see {seen} images at a time, of one worker.")
 
-    budget = Budget(options, feed, folder, state.get("budget"))
+    budget = Budget(options, feed, folder, state["step"], state.get("budget"))
     state["budget"] = budget.state
     arrivals = Arrivals(feed, state["step"])
     batches = feed.stream(state["step"], budget.last_step, lambda: budget.full_from)

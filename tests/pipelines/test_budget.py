@@ -60,7 +60,7 @@ def test_minutes_become_steps_and_are_remembered(tmp_path, clock, seconds, a_ste
     assert budget.share(0) is None and not budget.validation_is_due(1)
     train(budget, clock, a_step)
     assert clock["full"] == pytest.approx(seconds, rel=0.06, abs=2 * a_step)
-    again = Budget(options, FakeFeed(), tmp_path)  # as after a kill
+    again = Budget(options, FakeFeed(), tmp_path, budget.steps)  # as after a kill
     assert (again.steps, again.full_from, again.share(3)) == (budget.steps, budget.full_from, budget.share(3))
 
 
@@ -85,7 +85,7 @@ def test_images_are_small_for_their_share_of_the_time(tmp_path, clock, seconds, 
     whole = clock["small"] + clock["full"]
     assert whole == pytest.approx(seconds, rel=0.1) and clock["small"] / whole == pytest.approx(0.6, abs=0.1)
     assert 0 < budget.full_from < budget.steps == validations[-1] and len(validations) <= options.validations
-    again = Budget(options, FakeFeed(0.4), tmp_path)
+    again = Budget(options, FakeFeed(0.4), tmp_path, budget.steps)
     assert (again.steps, again.full_from) == (budget.steps, budget.full_from)
 
 
@@ -105,9 +105,32 @@ def test_killed_before_minutes_become_steps_once_more_it_ends_where_it_would_hav
     train(killed, clock, a_step, small, last=stop)
     kept = dict(killed.state)  # as in the checkpoint of this step
     train(killed, clock, a_step, small, stop, stop + 30)  # and these steps are lost
-    after = Budget(options, feed, tmp_path / "b", kept)
+    after = Budget(options, feed, tmp_path / "b", stop, kept)
     train(after, clock, a_step, small, stop)
     assert after.steps == pytest.approx(straight.steps, rel=0.02)
+
+
+@pytest.mark.parametrize("plan", [0, 1])
+@pytest.mark.parametrize("slower", [0.3, 1.0, 3.0])
+def test_steps_done_again_around_a_decision_have_the_same_share_and_the_same_decision(tmp_path, clock, slower, plan):
+    """The decision came after the last checkpoint, and the machine's pace is another when its steps are done again."""
+    options, feed = TrainSettings(budget="800 seconds"), FakeFeed(0.5)
+    straight = Budget(options, feed, tmp_path)
+    train(straight, clock, 1.0, 0.6)
+    decided = straight.plans[plan]["after"]
+    (tmp_path / "a").mkdir()
+    killed = Budget(options, feed, tmp_path / "a")
+    train(killed, clock, 1.0, 0.6, last=decided - 10)
+    kept, shares = dict(killed.state), {}
+    for step in range(decided - 10, decided + 10):
+        shares[step] = killed.share(step)
+        train(killed, clock, 1.0, 0.6, step, step + 1)
+    after = Budget(options, feed, tmp_path / "a", decided - 10, kept)
+    for step, share in shares.items():
+        assert after.share(step) == share
+        train(after, clock, slower, 0.6 * slower, step, step + 1)
+    assert after.plans == killed.plans and len(after.plans) == plan + 1
+    assert (after.steps, after.full_from) == (killed.steps, killed.full_from)
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 4, 6])
