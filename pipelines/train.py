@@ -98,7 +98,7 @@ def train(
     run_file = folder / "run.json"
     run_id = read_json(run_file)["run_id"] if run_file.is_file() else None
     run_id = tracker.start_run(name, run_id, tags)
-    status = "FAILED"
+    status, model_id = "FAILED", None
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         write_json(run_file, {"format": 1, "run_id": run_id})
@@ -167,6 +167,8 @@ def train(
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # which fit replaced for good
+        if status == "FAILED" and model_id:
+            tracker.end_training_model(model_id, ready=False)
         tracker.end_run(run_id, status)
     return {"checkpoint": "checkpoint", "history": "history.json", "run_id": run_id, **summary}
 
@@ -364,6 +366,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                             log.validation(step, metrics, some)
                     _keep(rank, model, ema, optimizer, state, metrics, dataset, settings, due and config["beside"])
                     kept = time.monotonic()
+    log.ask_from = 0.0
+    log.send()
     return {
         "steps": state["step"],
         "epochs": round(state["step"] / feed.steps_per_epoch(), 2),

@@ -7,8 +7,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipelines.tracking import Tracker
 from pipelines.workers import gather_over_workers
 
 LOG_EVERY = 20  # steps
+AWAY = 60  # seconds until an MLflow that did not answer is asked again
 PROGRESS = "progress.jsonl"
 
 
@@ -40,6 +42,8 @@ class TrainingLog:
         self.since = time.monotonic()
         self.rates: list[float] = []
         self.per_epoch = 1.0
+        self.unsent: list[tuple[dict[str, float], int, dict[str, str]]] = []  # figures that MLflow did not take yet
+        self.ask_from = 0.0
 
     def start(self, step: int, messages: list[str], parameters: tuple[int, int], workers: int, feed: Feed) -> None:
         self.per_epoch = feed.steps_per_epoch()
@@ -102,7 +106,7 @@ class TrainingLog:
             with tempfile.TemporaryDirectory() as place:
                 path = Path(place) / f"step_{step:06}.jpg"
                 picture.save(path, quality=85)
-                self.tracker.log_file(self.run_id, path, "predictions")
+                self._to_mlflow(partial(self.tracker.log_file, self.run_id, path, "predictions"))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -121,7 +125,31 @@ class TrainingLog:
 
     def _track(self, metrics: dict[str, float], step: int, **bound: str) -> None:
         if self.active:
-            self.tracker.log_metrics(self.run_id, metrics, step, **bound)
+            self.unsent.append((metrics, step, bound))
+            self.send()
+
+    def send(self) -> None:
+        """Hand MLflow the figures it has not got; a training outlasts a server that is away for a while."""
+        while self.unsent and time.monotonic() >= self.ask_from:
+            metrics, step, bound = self.unsent[0]
+            if not self._to_mlflow(partial(self.tracker.log_metrics, self.run_id, metrics, step, **bound)):
+                return
+            self.unsent.pop(0)
+
+    def _to_mlflow(self, work: Callable[[], None]) -> bool:
+        """Whether MLflow took it; what is wrong is said once, until it answers again."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            work()
+        except (MlflowException, OSError) as error:
+            if not self.ask_from:
+                why = " ".join(str(error).split())[:200]
+                self.say(f"MLflow does not take the figures, which are kept and sent later: {why}")
+            self.ask_from = time.monotonic() + AWAY
+            return False
+        self.ask_from = 0.0
+        return True
 
 
 def read_progress(path: Path) -> Iterator[dict[str, Any]]:

@@ -255,6 +255,38 @@ def test_time_spent_measuring_ap_is_no_training_time(tmp_path, monkeypatch):
     assert log.rates == [16.0] * 3
 
 
+def test_an_mlflow_that_is_away_gets_the_figures_later_and_the_training_goes_on(tmp_path, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    told, clock = [], [100.0]
+    monkeypatch.setattr(training_log.time, "monotonic", lambda: clock[0])
+
+    class Away:
+        away = True
+
+        def log_metrics(self, run_id, metrics, step, **bound):
+            told.append("asked") if self.away else told.append((step, metrics["val/AP"], bound))
+            if self.away:
+                raise MlflowException("Connection refused")
+
+    server, of_val = Away(), {"model_id": "m-1"}
+    log = TrainingLog(tmp_path / PROGRESS, server, "run", of_val)
+    found = {"AP": 0.5, "AP50": 0.7, "per_class": []}
+    for step in (10, 20, 30):
+        log.validation(step, {**found, "AP": step / 100})
+    assert told == ["asked"]  # and not before a minute is over
+    clock[0] += 61
+    log.validation(40, found)
+    assert told == ["asked"] * 2
+    server.away = False
+    clock[0] += 61
+    log.send()
+    assert told[2:] == [(step, ap, of_val) for step, ap in ((10, 0.1), (20, 0.2), (30, 0.3), (40, 0.5))]
+    records = [json.loads(line) for line in (tmp_path / PROGRESS).read_text().splitlines()]
+    messages = [record["text"] for record in records if record["event"] == "message"]
+    assert len(messages) == 1 and "Connection refused" in messages[0]
+
+
 def test_patience_ends_a_training_that_gets_no_better(tmp_path, ray_cluster):
     """Weights that do not move: no validation is better than the first."""
     settings = override_settings(RunSettings(), {
