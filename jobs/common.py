@@ -88,8 +88,11 @@ def _fail(message: str, code: int, as_json: bool) -> None:
 
 
 @contextmanager
-def ray_session(settings) -> Iterator[None]:
-    """Ray for the time of a command: started here, or the cluster of `cluster.address`."""
+def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
+    """Ray for the time of a command: started here, or the cluster of `cluster.address`.
+
+    dashboard: with its State API, by which Ray frees the place of a sweep's trial that was stopped.
+    """
     # Quiet: the stages say themselves what happens.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # More workers than cores are meant here, which Ray warns of every few seconds.
@@ -111,7 +114,7 @@ def ray_session(settings) -> Iterator[None]:
     if settings.cluster.address == "local":
         # A resumed Ray Data job starves with few CPUs, so there are at least six logical ones.
         cpus = settings.cluster.num_cpus or max(6, os.cpu_count() or 1)
-        options |= {"num_cpus": cpus, "include_dashboard": False}
+        options |= {"num_cpus": cpus, "include_dashboard": dashboard}
         # Nobody takes this machine back, and every process of Ray's takes a hundredth of a core.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:

@@ -18,7 +18,7 @@ def main(settings, store: Path) -> dict:
     from pipelines.workflow import data_path, pipeline
 
     found = source(settings, data_path(settings, store))  # what is wrong is said before Ray starts
-    with ray_session(settings):
+    with ray_session(settings, dashboard=settings.sweep.in_pipeline):
         try:
             outcome = pipeline(settings, store, found)
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM as Ray hands it on

@@ -13,7 +13,7 @@ def main(settings, store: Path) -> dict:
     from pipelines.workflow import data_path, ingest_stage, sweep_stage
 
     found = source(settings, data_path(settings, store))
-    with ray_session(settings):
+    with ray_session(settings, dashboard=True):
         record = sweep_stage(settings, store, ingest_stage(settings, store, found))
     best = str(Path(record["folder"]) / "best.yaml")
     return {**record["result"], "best_config": best, "reused": record["reused"], "text": best}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from detr.config import FOCAL_WEIGHTS, PRESETS, LossConfig, ModelConfig, Settings
 
@@ -259,19 +259,57 @@ SIDES = ("model.image_size", "model.image_max_size")
 FITTED = {**dict.fromkeys(SIDES, "fit.image_size"), "model.num_queries": "fit.num_queries"}
 
 
+class Range(Settings):
+    """Numbers from low to high, whole ones where both are."""
+
+    low: int | float
+    high: int | float
+    log: bool = Field(False, description="evenly over the logarithm: for rates and weights")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) is not less than high ({self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log needs a low above 0, not {self.low}")
+        return self
+
+    def is_whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+# Told apart by their form, so that an error is about the one that was meant.
+Axis = Annotated[
+    Annotated[list[Any], Field(min_length=1), Tag("values")] | Annotated[Range, Tag("range")],
+    Discriminator(lambda given: "range" if isinstance(given, dict | Range) else "values"),
+]
+
+
 class SweepSettings(Settings):
-    trials: int = Field(3, gt=0)
-    budget: Budget = Field("30 seconds", description="length of one trial, as train.budget")
-    space: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
-        default={
-            "loss.cost_class": [2.0, 1.0, 3.0],
-            "loss.loss_ce": [1.0, 0.5, 2.0],
-            "loss.loss_giou": [2.0, 3.0, 1.0],
-            "train.lr": [2e-3, 3e-3, 1.2e-3],
-        },
-        description="settings by name and the values to try; trial 0 is always the present settings",
+    in_pipeline: bool = Field(False, description="whether `detr pipeline` sweeps, and trains with the best settings")
+    trials: int = Field(8, gt=0, description="at most so many, the present settings among them")
+    budget: Budget = Field("90 seconds", description="length of one trial, as train.budget")
+    validations: int = Field(
+        4, gt=0, description="how often AP is measured during a trial, and a scheduler may stop it"
     )
-    max_concurrent: int = Field(1, gt=0)
+    search: Literal["random", "grid", "optuna"] = Field(
+        "random", description="optuna: later trials are near the good ones among those before (TPE); pays from some "
+        "twenty trials on",
+    )
+    scheduler: Literal["asha", "median", "none"] = Field(
+        "asha", description="stops a trial whose AP at the first, second, fourth … validation is in the lower half "
+        "(asha), or at any below the median (median)",
+    )
+    space: dict[str, Axis] | None = Field(
+        None, description="settings by name, each with a list of values or {low, high, log}; by default costs, loss "
+        "weights, rates, queries and denoising around the present settings",
+    )
+    tied: bool = Field(
+        True, description="a matching cost changes with the weight of its loss, unless the space names both"
+    )
+    max_concurrent: int | None = Field(
+        None, gt=0, description="trials at once; by default as many as there is room for"
+    )
     min_gain: float = Field(0.01, ge=0, description="AP a trial must gain over the present settings to be taken")
 
 
@@ -399,7 +437,8 @@ def validate_settings(values: dict[str, Any], where: str = "the settings") -> Ru
     try:
         return RunSettings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt setting first: what is missing is most often what it was to be.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         loc = [str(part) for part in first["loc"]]
         key = ".".join(loc)
         if first["type"] == "extra_forbidden":

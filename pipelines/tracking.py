@@ -362,6 +362,14 @@ class Tracker:
         if _open.pop(run_id, None):
             self.client().set_terminated(run_id, status)
 
+    def end_training(self, run_id: str, status: str, tags: Mapping[str, str]) -> None:
+        """Close the run of a training that another process did and was ended in, with tags that say why."""
+        client = self.client()
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value[:MAX_TAG])
+        self.end_training_model(self.training_model(run_id, TRAINING), ready=False)
+        client.set_terminated(run_id, status)
+
     @contextmanager
     def lock(self, timeout: float = 60) -> Iterator[bool]:
         """Hold a lock beside the SQLite file; yields False for a server, which has no such file."""

@@ -16,7 +16,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ LESS_MEMORY = (
     "Raise train.micro_batches, set train.recompute=true, or lower evaluate.batch_size; the training goes on from the "
     "last checkpoint. Or start anew with a lower train.batch_size."
 )
+STARTS = 30  # times a cluster is asked for its workers, a minute each: it may have to start machines
 FAILED = "failed.json"  # what ended the training that the user can mend, said once and not tried again
 
 
@@ -74,10 +75,12 @@ def train(
     tracker: Tracker,
     name: str,
     tags: dict[str, str] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Train on the split "train" of a dataset, choose the best checkpoint on "val", and leave it in folder.
 
-    Called again with the same folder it goes on from the last checkpoint, in the same MLflow run.
+    Called again with the same folder it goes on from the last checkpoint, in the same MLflow run. callbacks: Ray
+    Train's, which hear of every validation and checkpoint.
     Returns {"checkpoint", "history" (paths in folder), "steps", "AP", "AP50", "best_step", "run_id",
     "stopped_early", "images_per_second", "parameters"}. Raises UserError where the training cannot start or ends in a
     way the user can mend.
@@ -93,6 +96,7 @@ def train(
     if fitted:
         console.print(f"Fitted to the data: {'; '.join(fitted)}.")
     options, use_gpu = settings.train, uses_gpu(settings)
+    check_room(settings, use_gpu)
     beside = _validates_beside(settings, use_gpu)
     fs, storage = checkpoint_storage(settings, folder)
     run_file = folder / "run.json"
@@ -139,7 +143,10 @@ def train(
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=2, checkpoint_score_attribute="AP", checkpoint_score_order="max"
                 ),
-                failure_config=ray.train.FailureConfig(max_failures=options.max_failures),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=options.max_failures, controller_failure_limit=STARTS
+                ),
+                callbacks=list(callbacks),
             ),
             validation_config=ray.train.ValidationConfig(
                 fn=validate_checkpoint,
@@ -228,6 +235,23 @@ def _validates_beside(settings: RunSettings, use_gpu: bool) -> bool:
     if told == "beside" and not left:
         raise UserError(f"train.validation=beside needs a {kind} more than there are workers ({workers}).", 2)
     return told == "beside" or (told == "auto" and use_gpu and left)
+
+
+def check_room(settings: RunSettings, use_gpu: bool) -> None:
+    """Raise UserError where the workers would wait for ever; where a cluster may start machines, say what it lacks."""
+    import ray
+
+    kind, needed = "GPU" if use_gpu else "CPU", settings.train.min_workers or settings.train.num_workers
+    there = int(ray.cluster_resources().get(kind, 0))
+    if there >= needed:
+        return
+    if settings.cluster.address == "local":
+        told = "; leave train.use_gpu out to train without" if use_gpu else ""
+        raise UserError(
+            f"{needed} worker(s) need {needed} {kind}(s), and this machine has {there}. Lower train.num_workers{told}.",
+            2,
+        )
+    console.print(f"{needed} worker(s) need {needed} {kind}(s), and the cluster has {there}: waiting for machines.")
 
 
 def check_labels(dataset_folder: Path, dataset: dict[str, Any]) -> None:

@@ -24,9 +24,9 @@ SAME_MODEL = (  # how a training is done, and not what comes of it
     "micro_batches", "recompute", "compile", "min_workers", "max_failures", "validation", "checkpoint_minutes",
     "storage",
 )  # fmt: skip
-APPLICATION_VERSION = "1"  # raised when the order or the meaning of the steps changes
+APPLICATION_VERSION = "2"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
-VERSIONS = {"sample": 1, "ingest": 3, "sweep": 7, "train": 7, "evaluate": 1, "predict": 1, "report": 2}
+VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 7, "evaluate": 1, "predict": 1, "report": 2}
 GATE_REFUSED = 3
 
 Record = dict[str, Any]
@@ -62,7 +62,8 @@ def sweep_stage(settings: RunSettings, store: Path, data: Record) -> Record:
     from pipelines.sweep import sweep
 
     name = f"{data['result']['name']}-sweep"
-    chosen = {**_training_settings(settings), "sweep": settings.sweep.model_dump()}
+    own = settings.sweep.model_dump(mode="json", exclude={"in_pipeline", "max_concurrent"})
+    chosen = {**_training_settings(settings), "sweep": own}
 
     def work(folder: Path) -> dict[str, Any]:
         _look(settings, data)
@@ -260,13 +261,13 @@ def _run_stages(
 
     data = step("ingest", ingest_stage, found)
     name = registered_name(settings, data["result"]["name"])
-    trials = step("sweep", sweep_stage, data)
-    if trials["result"]["best"]:
-        console.print(f"Training with the sweep's best settings: {trials['result']['best']}")
+    trials = step("sweep", sweep_stage, data) if settings.sweep.in_pipeline else None
+    best = trials["result"]["best"] if trials else {}
+    tuned = settings
+    if best:
+        console.print(f"Training with the sweep's best settings: {best}")
         settings_tried, _ = fit_to_data(settings, data["folder"])  # as the sweep did
-        tuned = override_settings(settings_tried, trials["result"]["best"])
-    else:
-        tuned = settings
+        tuned = override_settings(settings_tried, best)
     training = step("train", lambda _, store, data: train_stage(tuned, store, data), data)
     checkpoint = Path(training["folder"]) / "checkpoint"
     splits = [s for s in ("val", "test") if s in data["result"]["images"]]
@@ -279,7 +280,7 @@ def _run_stages(
         place, _, _ = download_model(settings, store, data, f"models:/{name}/{champion}")
         images, chosen = _images_to_predict(settings, store, data, splits[-1])
         predictions = step("predict", lambda _, *rest: predict_stage(chosen, *rest), images, place, name, champion)
-    stages = [data, trials, training, *evaluations, version, verdict, *filter(None, [predictions])]
+    stages = [stage for stage in (data, trials, training, *evaluations, version, verdict, predictions) if stage]
     if settings.data.path is None:
         stages.insert(0, sample_stage(settings, store))
     page = step("report", report_stage, data, stages, training, evaluations, verdict, predictions)
@@ -287,7 +288,7 @@ def _run_stages(
     return {
         "exit_code": 0 if promoted else GATE_REFUSED,
         "dataset": data["result"],
-        "settings_changed_by_sweep": trials["result"]["best"],
+        "settings_changed_by_sweep": best,
         "AP": {e["result"]["split"]: e["result"]["AP"] for e in evaluations},
         "AP50": {e["result"]["split"]: e["result"]["AP50"] for e in evaluations},
         "model": name,

@@ -25,7 +25,7 @@ def ray_cluster():
     from jobs.common import ray_session
     from pipelines.settings import RunSettings
 
-    with ray_session(RunSettings()):
+    with ray_session(RunSettings(), dashboard=True):  # sweeps need it
         yield
 
 

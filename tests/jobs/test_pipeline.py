@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 SMALL = [
     "sample.train=48", "sample.val=16", "sample.test=8", "ingest.rows_per_shard=16",
     "train.budget=24 steps", "train.batch_size=4", "train.validations=4", "train.warmup=4 steps",
-    "sweep.trials=1", "sweep.budget=2 steps", "sweep.min_gain=1", "gate.min_ap=0",
+    "sweep.in_pipeline=true", "sweep.trials=1", "sweep.budget=2 steps", "sweep.min_gain=1", "gate.min_ap=0",
 ]  # fmt: skip
 
 

@@ -1,33 +1,311 @@
-"""What a sweep tries, before anything is trained."""
+"""What a sweep tries, what becomes of its trials, and what is left of them after a stop."""
 from __future__ import annotations
 
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
 import pytest
 
-from pipelines.settings import RunSettings, UserError, override_settings
-from pipelines.sweep import _combinations, _present
+from pipelines import sweep as module
+from pipelines.settings import Range, RunSettings, UserError, override_settings
+from pipelines.stage import read_json
+from pipelines.sweep import _planned, check_space, choose_best, draw, ready_space, settings_of
+from pipelines.tracking import tracker
+
+PRESETS = ("tiny", "detr_resnet50")
+
+
+def settings_with(**changes) -> RunSettings:
+    return override_settings(RunSettings(), {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def planned(settings: RunSettings, space: dict) -> list[dict]:
+    return _planned(space, check_space(settings, space), settings, [])
 
 
 def test_the_present_settings_come_first_and_no_two_trials_are_alike():
-    settings = RunSettings()
-    present = _present(settings)
-    trials = _combinations(settings.sweep.space, present, 12, seed=0)
-    assert trials[0] == present and len(trials) == 12
-    assert len({tuple(sorted(t.items())) for t in trials}) == 12
-    assert trials == _combinations(settings.sweep.space, present, 12, seed=0)
-    for trial in trials:
-        override_settings(settings, trial)
+    settings = settings_with(sweep__trials=12)
+    space = ready_space(settings)
+    trials = planned(settings, space)
+    assert trials[0] == check_space(settings, space) and len(trials) == 12
+    assert len({json.dumps(trial, sort_keys=True) for trial in trials}) == 12
+    assert trials == planned(settings, space) != planned(settings_with(sweep__trials=12, seed=1), space)
 
 
 def test_a_small_space_is_tried_whole():
-    space = {"loss.cost_class": [2.0, 1.0]}
-    assert len(_combinations(space, {"loss.cost_class": 2.0}, 10, 0)) == 2
+    assert len(planned(settings_with(sweep__trials=10), {"loss.cost_class": [2.0, 1.0]})) == 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_ready_space_is_around_the_present_settings_and_all_of_it_can_be_trained(preset, tied):
+    settings = settings_with(model__preset=preset, sweep__tied=tied)
+    space = ready_space(settings)
+    present = check_space(settings, space)
+    assert all(present[key] in values for key, values in space.items())
+    assert ("loss.cost_bbox" in space) is not tied
+    assert ("loss.eos_coef" in space) is (preset == "detr_resnet50")
+    assert ("model.denoising.groups" in space) is (preset == "tiny")
+    drawn = random.Random(0)
+    for _ in range(50):  # together, too
+        values = {key: draw(tries, drawn) for key, tries in space.items()}
+        override_settings(settings, settings_of(settings, values, present))
+
+
+def test_a_cost_follows_its_loss_unless_both_are_named_or_it_is_told_not_to():
+    settings = settings_with(loss__loss_bbox=5.0, loss__cost_bbox=4.0)
+    present = {"loss.loss_bbox": 5.0}
+    assert settings_of(settings, {"loss.loss_bbox": 10.0}, present) == {"loss.loss_bbox": 10.0, "loss.cost_bbox": 8.0}
+    assert settings_of(settings, {"loss.cost_bbox": 2.0}, {"loss.cost_bbox": 4.0}) == {
+        "loss.cost_bbox": 2.0, "loss.loss_bbox": 2.5,
+    }  # fmt: skip
+    both = {"loss.loss_bbox": 10.0, "loss.cost_bbox": 4.0}
+    assert settings_of(settings, both, {**present, "loss.cost_bbox": 4.0}) == {"loss.loss_bbox": 10.0}
+    free = override_settings(settings, {"sweep.tied": False})
+    assert settings_of(free, {"loss.loss_bbox": 10.0}, present) == {"loss.loss_bbox": 10.0}
+    assert settings_of(settings, present, present) == {}
+
+
+def test_ranges_are_drawn_within_and_whole_numbers_stay_whole():
+    drawn = random.Random(0)
+    rates = [draw(Range(low=1e-4, high=1e-2, log=True), drawn) for _ in range(300)]
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+    assert 0.35 < sum(rate < 1e-3 for rate in rates) / 300 < 0.65  # evenly over the logarithm
+    queries = [draw(Range(low=50, high=52), drawn) for _ in range(60)]
+    assert set(queries) == {50, 51, 52} and all(isinstance(number, int) for number in queries)
+    assert all(isinstance(draw(Range(low=10, high=1000, log=True), drawn), int) for _ in range(20))
+
+
+def test_a_grid_is_tried_whole_or_refused():
+    space = {"loss.cost_class": [1.0, 2.0, 3.0], "train.lr": [1e-3, 2e-3]}
+    trials = planned(settings_with(sweep__search="grid"), space)
+    assert len(trials) == 6 and trials[0] == {"loss.cost_class": 2.0, "train.lr": 2e-3}
+    with pytest.raises(UserError, match=r"6 points.*sweep.trials") as refused:
+        planned(settings_with(sweep__search="grid", sweep__trials=5), space)
+    assert refused.value.exit_code == 2
+    with pytest.raises(UserError, match=r"list of values for train.lr"):
+        planned(settings_with(sweep__search="grid"), {"train.lr": Range(low=1e-3, high=2e-3)})
 
 
 @pytest.mark.parametrize(
-    ("key", "words"),
-    [("loss.cost_clas", "did you mean 'loss.cost_class'"), ("loss", "'loss'"), ("los.cost_class", "'loss'")],
+    ("key", "values", "words"),
+    [
+        ("loss.cost_clas", [1.0], r"did you mean 'loss.cost_class'"),
+        ("loss", [1.0], r"group of settings|'loss'"),
+        ("los.cost_class", [1.0], "'loss'"),
+        ("train.lr", [1e-3, -1.0], "greater than 0"),
+        ("train.augment.recipe", Range(low=1.0, high=2.0), r"no number|recipe"),
+        ("train.budget", ["1 minute"], "cannot be swept"),
+    ],
 )
-def test_a_misspelt_setting_in_the_space_is_one_sentence(key, words):
-    settings = override_settings(RunSettings(), {"sweep.space": {key: [1.0]}})
+def test_what_cannot_be_tried_is_one_sentence_before_anything_runs(key, values, words):
+    with pytest.raises(UserError, match=words) as refused:
+        check_space(RunSettings(), {key: values})
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"low": 2, "high": 1}, "not less than high"),
+        ({"low": 0, "high": 1, "log": True}, "log needs"),
+        ({"low": 1, "hihg": 2}, "no setting .*hihg"),
+        ([], "at least 1"),
+        ("0.1", "list"),
+    ],
+)
+def test_a_range_that_is_none_is_refused(told, words):
     with pytest.raises(UserError, match=words):
-        _present(settings)
+        override_settings(RunSettings(), {"sweep.space": {"train.lr": told}})
+
+
+def row(number: int, ap: float | None, status: str = "finished", **changes) -> dict:
+    return {"number": number, "AP": ap, "status": status, "changes": changes}
+
+
+def test_the_present_settings_stay_unless_another_trial_gains_enough():
+    present, better = row(0, 0.50), row(1, 0.505, lr=1)
+    assert choose_best([present, better], 0.01) == present
+    assert choose_best([present, better], 0.005) == better
+    assert choose_best([row(0, None, "failed"), better], 0.01) == better
+    assert choose_best([present, row(1, 0.9, "stopped", lr=1)], 0.01) == present  # it was not trained to its end
+
+
+# A trial whose training is a sum: AP grows to what the learning rate says.
+APS = {2e-3: 0.5, 1e-3: 0.3, 4e-3: 0.6, 3e-3: 0.1, 5e-3: 0.2}
+BROKEN, NONSENSE = 6e-3, 7e-3
+VALIDATIONS = 4
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """`pipelines.sweep` with trainings that take no time, and note that they were done."""
+
+    def trial(config, common):
+        import json
+
+        from pipelines.settings import UserError
+        from pipelines.training_log import PROGRESS
+
+        def train(settings, dataset, place, tracker, name, tags, callbacks):
+            rate = settings.train.lr
+            with (place.parents[1] / "trained").open("a") as file:
+                file.write(f"{rate}\n")
+            if rate == 6e-3:
+                raise UserError("The model's outputs stopped being finite.")
+            if rate == 7e-3:
+                raise RuntimeError("Something else.")
+            for k in range(1, 5):
+                ap = APS[rate] * k / 4 if rate in APS else 0.3 * k / 4
+                with (place / PROGRESS).open("a") as file:
+                    file.write(json.dumps({"event": "validation", "step": 10 * k, "AP": ap, "AP50": ap}) + "\n")
+                if k < 4:
+                    callbacks[0].after_report(None, [{"AP": -1.0, "validated": k}], None)  # a checkpoint in between
+                callbacks[0].after_report(None, [{"AP": ap, "validated": k}], None)
+                time.sleep(0.3)  # for Tune to decide
+            return {"steps": 40, "images_per_second": 9.0, "AP": ap, "AP50": ap, "run_id": "run"}
+
+        original.__globals__["train"] = train  # which came here as a copy
+        original(config, common)
+
+    original = module._trial
+    monkeypatch.setattr(module, "_trial", trial)
+
+
+def try_all(folder: Path, settings: RunSettings, space: dict, tracked) -> list[dict]:
+    present = check_space(settings, space)
+    started = [row["values"] for row in module._started(folder)]
+    common = {
+        "settings": settings.model_dump(mode="json"), "space": {}, "present": present, "dataset": str(folder),
+        "folder": str(folder), "tracker": {"uri": tracked.uri, "experiment": "x", "artifact_root": None},
+        "run_id": "parent", "name": "sums", "devices": 2,
+    }  # fmt: skip
+    module._run_trials(common, settings, space, _planned(space, present, settings, started), started, 1)
+    return module._rows(folder)
+
+
+def trained(folder: Path) -> Counter:
+    return Counter(map(float, (folder / "trained").read_text().split()))
+
+
+@pytest.mark.ray
+def test_trials_are_stopped_failed_and_finished_each_with_its_row_and_known_ones_are_not_done_again(
+    tmp_path, ray_cluster, sums
+):
+    rates = [*APS, BROKEN, NONSENSE]
+    settings = settings_with(sweep__trials=7, sweep__search="grid", sweep__validations=VALIDATIONS)
+    tracked = tracker(settings, tmp_path / "store", "x")
+    rows = try_all(tmp_path, settings, {"train.lr": rates}, tracked)
+    assert [row["values"]["train.lr"] for row in rows] == rates and [row["number"] for row in rows] == list(range(7))
+    status = {row["values"]["train.lr"]: row["status"] for row in rows}
+    assert status == {
+        2e-3: "finished", 1e-3: "stopped", 4e-3: "finished", 3e-3: "stopped", 5e-3: "stopped", BROKEN: "failed",
+        NONSENSE: "failed",
+    }  # fmt: skip
+    by_rate = {row["values"]["train.lr"]: row for row in rows}
+    assert [point["AP"] for point in by_rate[4e-3]["curve"]] == pytest.approx([0.15, 0.3, 0.45, 0.6])
+    assert by_rate[1e-3]["AP"] == 0.075 and len(by_rate[1e-3]["curve"]) == 1
+    assert "finite" in by_rate[BROKEN]["error"] and "Something else" in by_rate[NONSENSE]["error"]
+    assert by_rate[2e-3]["changes"] == {} and by_rate[4e-3]["device_hours"] == pytest.approx(
+        2 * by_rate[4e-3]["seconds"] / 3600, abs=1e-3
+    )
+
+    # As after a kill: one trial that had just begun, and one that was not started.
+    for rate, files in {5e-3: [module.TRIAL], NONSENSE: [module.TRIAL, module.TRIED]}.items():
+        tried = tmp_path.glob("trials/*/tried.json")
+        (place,) = (path.parent for path in tried if read_json(path)["values"]["train.lr"] == rate)
+        for file in files:
+            (place / file).unlink()
+    before = {path: path.read_bytes() for path in tmp_path.glob("trials/*/trial.json")}
+    again = try_all(tmp_path, settings, {"train.lr": rates}, tracked)
+    assert [row["number"] for row in again] == list(range(7)) and len(before) == 5
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert trained(tmp_path) == Counter({rate: 1 for rate in rates}) + Counter([5e-3, NONSENSE])
+
+
+@pytest.mark.ray
+def test_optuna_goes_on_from_what_is_known(tmp_path, ray_cluster, sums):
+    space = {"train.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "loss.loss_ce": [1.0, 2.0]}
+    settings = settings_with(sweep__trials=3, sweep__search="optuna", sweep__scheduler="none", sweep__space=space)
+    tracked = tracker(settings, tmp_path / "store", "x")
+    first = try_all(tmp_path, settings, settings.sweep.space, tracked)
+    assert first[0]["changes"] == {} and len(first) == 3
+    more = override_settings(settings, {"sweep.trials": 5})
+    rows = try_all(tmp_path, more, settings.sweep.space, tracked)
+    assert rows[:3] == first and len(rows) == 5
+    assert max(trained(tmp_path).values()) == 1  # none twice
+    for row in rows:
+        assert 1e-4 <= row["values"]["train.lr"] <= 1e-2 and row["values"]["loss.loss_ce"] in (1.0, 2.0)
+
+
+SMALL = [
+    "sample.train=16", "sample.val=8", "sample.test=0", "train.batch_size=4", "model.image_size=64",
+    "model.hidden_dim=32", "model.nheads=4", "model.dim_feedforward=32", "sweep.trials=5", "sweep.budget=4 steps",
+    "sweep.validations=2", "sweep.search=grid",
+    "sweep.space={train.lr: [0.002, 0.001, 0.004, 1e+30, 0.003], train.num_workers: [1]}",
+]  # fmt: skip
+
+
+def start(store: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "jobs.cli", "sweep", "--store", str(store), "--json", *SMALL, *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.ray
+def test_killed_after_three_trials_it_repeats_none_and_leaves_one_tree(tmp_path):
+    """By real trainings, one of which diverges."""
+    from mlflow import MlflowClient
+
+    store = tmp_path / "store"
+    killed = start(store)
+    deadline = time.monotonic() + 300
+    while len(known := list(store.glob("sweep/*/trials/*/trial.json"))) < 3 and time.monotonic() < deadline:
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.1)
+    before = {path: path.read_bytes() for path in known}
+    mine = psutil.Process(killed.pid).children(recursive=True)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    psutil.wait_procs(mine, timeout=60)
+    again = start(store)
+    out, err = again.communicate(timeout=500)
+    assert again.returncode == 0, err
+    result = json.loads(out.strip().splitlines()[-1])
+    assert len(before) == 3 and all(path.read_bytes() == content for path, content in before.items())
+    status = {row["values"]["train.lr"]: row["status"] for row in result["trials"]}
+    assert [row["number"] for row in result["trials"]] == [0, 1, 2, 3, 4]
+    assert status.pop(1e30) == "failed" and set(status.values()) <= {"finished", "stopped"}
+    assert "train.lr" in next(row["error"] for row in result["trials"] if row["status"] == "failed")
+    (folder,) = store.glob("sweep/*")
+    assert (folder / "best.yaml").is_file() and read_json(folder / "trials.json")["best"] == 0
+
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    (experiment,) = (x for x in client.search_experiments() if x.name != "Default")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in runs if run.data.tags["detr.stage"] == "sweep")
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(runs) == 6 and len(children) == 5 and parent.info.status == "FINISHED"
+    ended = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+    assert {run.info.run_id: run.info.status for run in children} == {
+        row["run_id"]: ended[row["status"]] for row in result["trials"]
+    }
+    assert not [model for model in client.search_logged_models([experiment.experiment_id])
+                if str(model.status).endswith("PENDING")]  # fmt: skip
+
+
+@pytest.mark.ray
+def test_what_no_trial_can_get_is_refused_at_once(tmp_path, ray_cluster):
+    settings = settings_with(train__num_workers=500)
+    with pytest.raises(UserError, match="500 worker") as refused:
+        module.check_room(settings, use_gpu=False)
+    assert refused.value.exit_code == 2
+    with pytest.raises(UserError, match=r"leave .* out"):
+        module.check_room(settings_with(train__use_gpu=True), use_gpu=True)
