@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from detr.draw import class_colours, draw_truth_and_detections, picture_grid
+from pipelines.charts import INK, LINES, new_figure, plain, style, svg
 from pipelines.evaluate import coco_truth, detections_to_coco, match_detections
 from pipelines.look import Finding
 from pipelines.settings import RunSettings, UserError
@@ -26,8 +27,6 @@ from pipelines.stage import read_json
 SHOWN, MISTAKES = 12, 8  # pictures
 PICTURE_SIDE = 480  # larger images are shrunk to this before they are drawn on
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
-INK, ACCENT, SOFT = "#23272e", "#0b6e6e", "#8a9099"
-LINES = ("#0b6e6e", "#d1662b", "#3d6fb6", "#a04f8f", "#b0912b", "#6b6f76", "#7fb069", "#c0504d", "#5b5ea6", "#2a9d8f")
 
 
 def report(
@@ -100,9 +99,9 @@ def report(
         shown=shown,
         verdict=_verdict(metrics, judged, registry),
         tiles=_tiles(metrics, judged, dataset, train_record, past),
-        loss_curve=_svg(_loss_figure(past["steps"])) if past["steps"] else None,
-        ap_curve=_svg(_ap_figure(past["validations"])) if past["validations"] else None,
-        pr_curve=_svg(_pr_figure(metrics[judged])) if _has_curve(metrics, judged) else None,
+        loss_curve=svg(_loss_figure(past["steps"])) if past["steps"] else None,
+        ap_curve=svg(_ap_figure(past["validations"])) if past["validations"] else None,
+        pr_curve=svg(_pr_figure(metrics[judged])) if _has_curve(metrics, judged) else None,
         pictures=pictures,
         mistakes=mistakes,
         threshold=threshold,
@@ -382,22 +381,6 @@ def _jpeg(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def _figure(width: float = 5.6, height: float = 3.3):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _style(axes, xlabel: str, ylabel: str) -> None:
-    axes.set_xlabel(xlabel, color=INK)
-    axes.set_ylabel(ylabel, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(SOFT)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(axis="y", color="#e4e4df", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
 def _draw_losses(axes, steps: list[dict[str, Any]]) -> None:
     """Each loss over the steps, averaged over at most 300 stretches."""
     stretches = np.array_split(np.arange(len(steps)), min(300, len(steps)))
@@ -408,7 +391,7 @@ def _draw_losses(axes, steps: list[dict[str, Any]]) -> None:
         at = [steps[stretch[-1]]["step"] for stretch in stretches]
         means = [values[stretch].mean() for stretch in stretches]
         axes.plot(at, means, color=colour, linewidth=2 if name == "loss" else 1.2, label=name)
-    _style(axes, "step", "loss")
+    style(axes, "step", "loss")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
 
@@ -418,20 +401,20 @@ def _draw_ap(axes, validations: list[dict[str, Any]]) -> None:
         points = [(v["step"], v[name]) for v in validations if v.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=2, label=name)
-    _style(axes, "step", "average precision, validation")
+    style(axes, "step", "average precision, validation")
     axes.set_ylim(0, 1)
     axes.set_xlim(left=0)
     axes.legend(frameon=False, fontsize=9)
 
 
 def _loss_figure(steps):
-    figure = _figure()
+    figure = new_figure()
     _draw_losses(figure.subplots(), steps)
     return figure
 
 
 def _ap_figure(validations):
-    figure = _figure()
+    figure = new_figure()
     _draw_ap(figure.subplots(), validations)
     return figure
 
@@ -439,7 +422,7 @@ def _ap_figure(validations):
 def _curves(past):
     """Losses and AP side by side, as one picture."""
     parts = [(draw, past[key]) for draw, key in ((_draw_losses, "steps"), (_draw_ap, "validations")) if past[key]]
-    figure = _figure(4.8 * len(parts), 3.2)
+    figure = new_figure(4.8 * len(parts), 3.2)
     for axes, (draw, values) in zip(np.ravel(figure.subplots(1, len(parts))), parts, strict=True):
         draw(axes, values)
     return figure
@@ -451,7 +434,7 @@ def _has_curve(metrics: dict[str, Any], judged: str | None) -> bool:
 
 def _pr_figure(metrics: dict[str, Any]):
     """Precision over recall at IoU 0.5: the mean over classes, up to ten classes, the best threshold."""
-    figure = _figure(5.6, 4.2)
+    figure = new_figure(5.6, 4.2)
     axes = figure.subplots()
     curve = metrics["precision_recall"]
     classes = [
@@ -459,25 +442,14 @@ def _pr_figure(metrics: dict[str, Any]):
     ]
     if 1 < len(classes) <= len(LINES) - 1:
         for (name, values), colour in zip(classes, LINES[1:], strict=False):
-            label = name.replace("$", r"\$")  # no formulas
-            axes.plot(curve["recall"], values, color=colour, linewidth=1.2, label=" " + label)
+            axes.plot(curve["recall"], values, color=colour, linewidth=1.2, label=" " + plain(name))
     axes.plot(curve["recall"], curve["precision"], color=LINES[0], linewidth=2.4, label="mean over classes")
     best = metrics["best_f1"]
     if best["threshold"] is not None:
         axes.plot(best["recall"], best["precision"], "o", color=INK, markersize=6,
                   label=f"best F1, score {best['threshold']:.2f}")  # fmt: skip
-    _style(axes, "recall", "precision")
+    style(axes, "recall", "precision")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
     return figure
-
-
-def _svg(figure) -> str:
-    """The figure as an image of its own in the page, its words as text in the reader's fonts."""
-    import matplotlib
-
-    data = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "detr"}):
-        figure.savefig(data, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(data.getvalue()).decode()
