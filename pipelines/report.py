@@ -23,9 +23,11 @@ from pipelines.look import Finding
 from pipelines.settings import RunSettings, UserError
 from pipelines.shards import count_rejects, read_split, split_shards
 from pipelines.stage import read_json
+from pipelines.trials import BROAD, analyse, significant, trial_figures, trial_rows
 
 SHOWN, MISTAKES = 12, 8  # pictures
 PICTURE_SIDE = 480  # larger images are shrunk to this before they are drawn on
+TRIALS = 30  # rows of the sweep's table
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 
 
@@ -41,12 +43,14 @@ def report(
     predictions: dict[str, Any] | None,
     folder: Path,
     findings: Sequence[Finding] = (),
+    sweep: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write report.html (one file, no script, nothing fetched), validation_grid.png and curves.png.
 
     evaluations: `evaluate`'s folder of each split; stages: records of `run_stage`, the training's also as
     train_record; registry: what `promote` returned; predictions: figures of a batch job, by name; findings:
-    what `look_at_data` found. What is None or empty is said in words, and its picture left out.
+    what `look_at_data` found; sweep: the content of a sweep's trials.json. What is None or empty is said in words, and
+    its picture left out; without a sweep its section is.
 
     Returns {"report", "validation_grid", "curves"}: paths, or None for a picture there was nothing for.
     Raises UserError where an evaluation was made on another dataset.
@@ -102,6 +106,7 @@ def report(
         loss_curve=svg(_loss_figure(past["steps"])) if past["steps"] else None,
         ap_curve=svg(_ap_figure(past["validations"])) if past["validations"] else None,
         pr_curve=svg(_pr_figure(metrics[judged])) if _has_curve(metrics, judged) else None,
+        sweep=_sweep(sweep) if sweep else None,
         pictures=pictures,
         mistakes=mistakes,
         threshold=threshold,
@@ -114,6 +119,7 @@ def report(
         settings=yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         lineage=_lineage(dataset, train_record, stages),
         number=_number,
+        significant=significant,
         seconds=_seconds,
     )
     path = folder / "report.html"
@@ -303,6 +309,20 @@ def _tiles(metrics, judged, dataset, train_record, past) -> list[dict[str, str]]
         tiles.append({"label": "Training", "value": _seconds(train_record["seconds"]), "note": note})
     tiles.append({"label": "Classes", "value": str(len(dataset["categories"])), "note": f"in {dataset['name']}"})
     return tiles
+
+
+def _sweep(found: dict[str, Any]) -> dict[str, Any]:
+    said, rows = analyse(found), trial_rows(found)
+    figures = trial_figures(found, said).values()
+    return {
+        "words": said["words"],
+        "unit": said["hours"]["unit"],
+        "rows": rows[:TRIALS],
+        "more": len(rows[TRIALS:]),
+        "pictures": [
+            {"source": svg(figure), "alt": words, "broad": figure.get_figwidth() > BROAD} for figure, words in figures
+        ],
+    }
 
 
 def _stages(stages: list[dict[str, Any]]) -> dict[str, Any] | None:

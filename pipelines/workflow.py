@@ -26,7 +26,7 @@ SAME_MODEL = (  # how a training is done, and not what comes of it
 )  # fmt: skip
 APPLICATION_VERSION = "2"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
-VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 7, "evaluate": 1, "predict": 1, "report": 2}
+VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 7, "evaluate": 1, "predict": 1, "report": 3}
 GATE_REFUSED = 3
 
 Record = dict[str, Any]
@@ -163,7 +163,7 @@ def report_stage(
             {e["result"]["split"]: Path(e["folder"]) for e in evaluations},
             Path(training["folder"]) / "history.json" if training else None,
             settings, stages, verdict and verdict["result"], predictions and predictions["result"], folder,
-            look_at_data(dataset_folder, settings),
+            look_at_data(dataset_folder, settings), _trials(stages),
         )  # fmt: skip
         if training:
             tracker = _tracker(settings, store, data)
@@ -175,6 +175,15 @@ def report_stage(
         return made
 
     return _stage(store, "report", {}, inputs, work)
+
+
+def _trials(stages: list[Record]) -> dict[str, Any] | None:
+    """What the sweep among the stages left in trials.json; None without one, or where an older version wrote it."""
+    for record in stages:
+        if record["stage"] == "sweep" and (file := Path(record["folder"]) / "trials.json").is_file():
+            found = read_json(file)
+            return found if found["format"] == 2 else None
+    return None
 
 
 def pipeline(settings: RunSettings, store: Path, found: Source) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def test_what_is_absent_is_said(tmp_path):
         "No image and no annotation was left out.",
     ):
         assert sentence in text
-    assert "What in it hurts" not in text
+    assert "What in it hurts" not in text and "Sweep" not in text
     assert "None" not in text and "nan" not in text
     assert result["validation_grid"] is None and result["curves"] is None
 
@@ -190,6 +190,37 @@ def test_a_rejected_annotation_is_no_mistake(tmp_path):
     dataset, evaluation = make(tmp_path, [([(BOX, 1)], [])], reject="its box has no area")
     report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], None, None, tmp_path)
     assert "There is no mistake" in words(tmp_path / "report.html")
+
+
+def test_a_sweep_has_a_section(tmp_path):
+    dataset, _ = make(tmp_path, [RIGHT])
+    trials = []
+    for number in range(33):
+        curve = [{"validation": at, "step": at, "AP": (0.1 + 0.01 * number) * at / 2, "AP50": 0.5} for at in (1, 2)]
+        rate = round(0.001 * (1 + number), 4)
+        trials.append(
+            {"number": number, "values": {"train.lr": rate, "train.note": EVIL},
+             "changes": {"train.lr": rate, "train.note": EVIL} if number else {}, "status": "finished",
+             "AP": curve[-1]["AP"], "AP50": 0.5, "curve": curve, "steps": 2, "images_per_second": 9.0, "seconds": 61.0,
+             "device_hours": 0.02, "run_id": "r", "error": None}
+        )  # fmt: skip
+    trials[5] |= {"status": "failed", "AP": None, "AP50": None, "curve": [], "error": "It <b>broke</b>."}
+    sweep = {"format": 2, "search": "grid", "scheduler": "none", "budget": "1 minute", "validations": 2,
+             "device": "GPU", "min_gain": 0.01, "present": {"train.lr": 0.001, "train.note": EVIL}, "trials": trials,
+             "space": {"train.lr": {"low": 0.001, "high": 0.033, "log": False}, "train.note": [EVIL]},
+             "best": 32}  # fmt: skip
+    report("t", dataset, None, {}, None, load_settings(), [], None, None, tmp_path, sweep=sweep)
+    text, page = words(tmp_path / "report.html"), (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "33 trials of 1 minute, searched over a grid: 32 finished, 1 failed." in text
+    assert f"Trial 32 is best, with AP 0.420 on val: train.lr=0.033, train.note={EVIL}." in text
+    assert "GPU-hours in all" in text and "Kendall's tau 1.00" in text
+    assert f"32 train.lr=0.033, train.note={EVIL} 0.420 0.500 finished, chosen 1 min 01 s 0.0200" in text
+    assert text.count(f"train.note={EVIL} 0.") == 30 and "and 3 more trials, in trials.json of the sweep." in text
+    assert page.count("data:image/svg+xml") == 2 and "<script" not in page  # the ranking and AP over the rate
+    trials[2:] = [trials[5]]
+    report("t", dataset, None, {}, None, load_settings(), [], None, None, tmp_path, sweep=sweep | {"best": 0})
+    text = words(tmp_path / "report.html")
+    assert "failed: It <b>broke</b>." in text and "more trial" not in text and "None" not in text
 
 
 def test_an_evaluation_of_another_dataset_is_refused(tmp_path):

@@ -5,7 +5,8 @@ import pytest
 
 from pipelines.look import Finding
 from pipelines.settings import RunSettings, UserError, override_settings
-from pipelines.workflow import _look, _training_inputs
+from pipelines.stage import write_json
+from pipelines.workflow import _look, _training_inputs, _trials
 
 DATA = {"result": {"digest": "d"}}
 
@@ -36,3 +37,13 @@ def test_what_will_hurt_is_said_once_and_stops_nothing(monkeypatch, capsys):
     assert len(seen) == 2
     said = capsys.readouterr()
     assert said.err.count("emu") == 2 and not said.out
+
+
+def test_the_report_takes_the_trials_of_this_version_only(tmp_path):
+    stages = [{"stage": "ingest", "folder": str(tmp_path)}, {"stage": "sweep", "folder": str(tmp_path / "sweep")}]
+    (tmp_path / "sweep").mkdir()
+    assert _trials(stages) is None
+    for number, taken in ((1, False), (2, True)):
+        write_json(tmp_path / "sweep" / "trials.json", {"format": number, "trials": []})
+        assert (_trials(stages) is not None) == taken
+    assert _trials(stages[:1]) is None
