@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from rich.text import Text
 
 from pipelines.progress import console
@@ -418,9 +419,10 @@ def _stage(
 ) -> Record:
     record = run_stage(store, stage, VERSIONS[stage], settings, inputs, work)
     path = Path(store) / "latest.json"
-    pointers = read_json(path) if path.is_file() else {"format": 1}
-    if pointers.get(stage) != record["folder"]:
-        write_json(path, {**pointers, stage: record["folder"]})
+    with FileLock(str(path.with_name(".latest.lock"))):  # schedules run side by side
+        pointers = read_json(path) if path.is_file() else {"format": 1}
+        if pointers.get(stage) != record["folder"]:
+            write_json(path, {**pointers, stage: record["folder"]})
     _say(record)
     return record
 
