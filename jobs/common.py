@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -31,12 +31,12 @@ def job(example: str, takes_input: bool = False) -> Callable:
     def decorate(work: Callable[..., dict[str, Any]]) -> click.Command:
         @functools.wraps(work)
         def command(config, store, as_json, print_settings, overrides, **own):
-            from pipelines.settings import UserError, load_settings
+            from pipelines.settings import load_settings
 
             if takes_input:
                 own["inputs"] = [word for word in overrides if "=" not in word or os.path.exists(word)]
                 overrides = [word for word in overrides if word not in own["inputs"]]
-            try:
+            with one_sentence(as_json):
                 settings = load_settings(config, overrides)
                 if print_settings:
                     import yaml
@@ -46,21 +46,7 @@ def job(example: str, takes_input: bool = False) -> Callable:
                     return
                 with redirect_stdout(sys.stderr):  # stdout is the result's alone; Ray prints there, too
                     result = work(settings, Path(store), **own)
-            except UserError as error:
-                _fail(str(error), error.exit_code, as_json)
-            except KeyboardInterrupt:
-                from pipelines.tracking import end_open_runs
-
-                end_open_runs("KILLED")
-                _fail("Stopped. The same command goes on from here.", INTERRUPTED, as_json)
-            code = result.pop("exit_code", DONE)
-            text = result.pop("text", None)
-            if as_json:
-                click.echo(json.dumps({"exit_code": code, **result}, default=str))
-            elif text:
-                click.echo(text)
-            sys.stdout.flush()
-            sys.exit(code)
+            finish(result, as_json)
 
         shared = [
             click.argument("overrides", nargs=-1, metavar=("[INPUT] " if takes_input else "") + "[KEY=VALUE]..."),
@@ -78,6 +64,34 @@ def job(example: str, takes_input: bool = False) -> Callable:
         )(command)
 
     return decorate
+
+
+@contextmanager
+def one_sentence(as_json: bool) -> Iterator[None]:
+    """What a user can mend, and Ctrl-C, end the command with one sentence and an exit code."""
+    from pipelines.settings import UserError
+
+    try:
+        yield
+    except UserError as error:
+        _fail(str(error), error.exit_code, as_json)
+    except KeyboardInterrupt:
+        from pipelines.tracking import end_open_runs
+
+        end_open_runs("KILLED")
+        _fail("Stopped. The same command goes on from here.", INTERRUPTED, as_json)
+
+
+def finish(result: dict[str, Any], as_json: bool) -> NoReturn:
+    """Print a command's result and leave with its exit code."""
+    code = result.pop("exit_code", DONE)
+    text = result.pop("text", None)
+    if as_json:
+        click.echo(json.dumps({"exit_code": code, **result}, default=str))
+    elif text:
+        click.echo(text)
+    sys.stdout.flush()
+    sys.exit(code)
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:
