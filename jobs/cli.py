@@ -20,6 +20,7 @@ COMMANDS = {
     "explain": "Draw where the model looks in one image, and each query over many.",
     "export": "Write a model as torch.export and ONNX files, checked against the model.",
     "report": "Write the page about the last training.",
+    "schedule": "Run pipelines, sweeps and other commands on cron times.",
 }
 
 

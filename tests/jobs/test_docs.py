@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from jobs.cli import main
+from jobs.schedule import main as group
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,11 @@ def test_there_are_commands():
     assert len(commands()) > 10
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("detr ")])
+def is_about_schedules(command: str) -> bool:
+    return command.startswith("detr schedule ")
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("detr ") and not is_about_schedules(c)])
 def test_a_documented_command_is_understood(command, tmp_path, monkeypatch):
     arguments = [a for a in shlex.split(command)[1:] if a != "--print-settings"]
     if "--config" in arguments:
@@ -38,6 +43,16 @@ def test_a_documented_command_is_understood(command, tmp_path, monkeypatch):
             arguments[file] = str(ROOT / arguments[file])
     result = CliRunner().invoke(main, [*arguments, "--print-settings"])
     assert result.exit_code == 0, result.output
+
+
+def test_the_documented_schedules_can_be_made_and_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = [shlex.split(c)[1:] for c in commands() if is_about_schedules(c)]
+    assert {arguments[1] for arguments in asked} == set(group.commands)
+    for arguments in asked:
+        here = ["--help"] if arguments[1] in ("start", "run") else []  # these run what was scheduled
+        result = CliRunner().invoke(main, [*arguments, *here])
+        assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
