@@ -49,13 +49,12 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     if fitted:
         console.print(f"Fitted to the data: {'; '.join(fitted)}.")
     folder, options, use_gpu = Path(folder).resolve(), settings.sweep, uses_gpu(settings)
-    space = options.space if options.space is not None else ready_space(settings)
-    present = check_space(settings, space)
+    space, present = check_space(settings, ready_space(settings) if options.space is None else options.space)
     check_room(settings, use_gpu)
     if options.scheduler != "none":
         _check_state_api()
     started = _started(folder)
-    trials = _planned(space, present, settings, [row["values"] for row in started])
+    trials = _planned(space, present, settings)
     tried_at_once = _at_once(settings, use_gpu)
 
     run_file = folder / "run.json"
@@ -141,24 +140,28 @@ def ready_space(settings: RunSettings) -> dict[str, list[Any]]:
     return {key: sorted(set(values)) for key, values in space.items() if len(set(values)) > 1}
 
 
-def check_space(settings: RunSettings, space: dict[str, Axis]) -> Values:
-    """The present values of the space's axes; UserError for a setting or value that cannot be, before anything runs."""
+def check_space(settings: RunSettings, space: dict[str, Axis]) -> tuple[dict[str, Axis], Values]:
+    """The space with its values as settings have them (YAML reads 1e-3 as a word), and the present values of its axes.
+
+    Raises UserError for a setting or a value that cannot be, before anything runs.
+    """
+    checked: dict[str, Axis] = {}
     present: Values = {}
     for key, values in space.items():
         tries = values if isinstance(values, list) else [values.low, values.high]
-        override_settings(settings, {key: tries[0]})  # a misspelt setting is said with the one that is meant
-        value = _value(settings, key)
-        if isinstance(value, dict):
-            raise UserError(f"{key!r} in sweep.space is a group of settings; name one of {', '.join(value)}.", 2)
+        found = [_value(override_settings(settings, {key: value}), key) for value in tries]
+        present[key] = _value(settings, key)
+        if isinstance(present[key], dict):
+            raise UserError(f"{key!r} in sweep.space is a group of settings; name one of {', '.join(present[key])}.", 2)
         if key.startswith(("sweep.", "train.budget", "train.validation")):
             raise UserError(f"{key!r} cannot be swept: all trials are of one length and judged alike.", 2)
-        if isinstance(values, Range) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if isinstance(values, Range) and not all(isinstance(x, int | float) and x is not True for x in found):
             raise UserError(f"{key!r} in sweep.space is no number; give a list of values instead of a range.", 2)
-        present[key] = value
-    for key, values in space.items():
+        checked[key] = found if isinstance(values, list) else values
+    for key, values in checked.items():
         for value in values if isinstance(values, list) else [values.low, values.high]:
             override_settings(settings, settings_of(settings, {**present, key: value}, present))
-    return present
+    return checked, present
 
 
 def settings_of(settings: RunSettings, values: Values, present: Values) -> Values:
@@ -192,9 +195,7 @@ def space_as_json(space: dict[str, Axis]) -> dict[str, Any]:
     return {key: values if isinstance(values, list) else values.model_dump() for key, values in space.items()}
 
 
-def _planned(
-    space: dict[str, Axis], present: Values, settings: RunSettings, started: list[Values]
-) -> list[Values] | None:
+def _planned(space: dict[str, Axis], present: Values, settings: RunSettings) -> list[Values] | None:
     """All trials' values, the present ones first; None where each is chosen when those before are known (Optuna)."""
     options = settings.sweep
     if options.search == "optuna":
@@ -253,7 +254,7 @@ def _run_trials(
             metric="AP", mode="max", max_concurrent_trials=at_once, search_alg=search,
             num_samples=options.trials if search else 1, scheduler=_scheduler(settings),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(place), verbose=0, callbacks=[_ends(common)]),
+        run_config=tune.RunConfig(name="tune", storage_path=str(place), verbose=0, callbacks=[_notes(common)]),
     )  # fmt: skip
     tuner.fit()
 
@@ -303,7 +304,6 @@ def _trial(config: dict[str, Any], common: dict[str, Any]) -> None:
     settings = RunSettings.model_validate(common["settings"])
     key, folder = digest(values, 8), Path(common["folder"])
     place = folder / "trials" / key
-    place.mkdir(parents=True, exist_ok=True)
     if (place / TRIAL).is_file():  # done before a stop: Tune hears of it again
         row = read_json(place / TRIAL)
         for point in row["curve"]:
@@ -311,9 +311,6 @@ def _trial(config: dict[str, Any], common: dict[str, Any]) -> None:
         if not row["curve"]:
             raise UserError(row["error"] or "It failed.")
         return
-    if not (place / TRIED).is_file():
-        number = int(tune.get_context().get_trial_id().rpartition("_")[2])
-        write_json(place / TRIED, {"format": FORMAT, "number": number, "values": values})
     changes = settings_of(settings, values, common["present"])
     options = settings.sweep
     mine = override_settings(settings, {
@@ -353,31 +350,42 @@ def _cut_reports(validations: int):
     return Cuts()
 
 
-def _ends(common: dict[str, Any]):
-    """Notes what became of trials that did not end by themselves."""
+def _notes(common: dict[str, Any]):
+    """Notes what trials try, and what became of those that did not end by themselves."""
     from ray import tune
 
-    class Ends(tune.Callback):  # pickled by Tune
-        def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
-            place = Path(common["folder"]) / "trials" / digest(trial.config["values"], 8)
-            if (place / TRIAL).is_file():
-                return
-            row = _row(place, common, (trial.last_result or {}).get("time_total_s", 0.0))
+    def place_of(trials: list, trial) -> Path:
+        place = Path(common["folder"]) / "trials" / digest(trial.config["values"], 8)
+        if not (place / TRIED).is_file():
+            place.mkdir(parents=True, exist_ok=True)
+            tried = {"format": FORMAT, "number": trials.index(trial), "values": trial.config["values"]}
+            write_json(place / TRIED, tried)
+        return place
+
+    def end(place: Path, trial, status: str, error: str | None = None) -> None:
+        row = _row(place, common, (trial.last_result or {}).get("time_total_s", 0.0))
+        write_json(place / TRIAL, row | {"status": status, "error": error})
+        if status == "stopped" and row["run_id"]:
             scheduler, of = (common["settings"]["sweep"][key] for key in ("scheduler", "validations"))
-            write_json(place / TRIAL, row | {"status": "stopped"})
-            if row["run_id"]:
-                why = {"detr.stopped": f"by {scheduler} after validation {len(row['curve'])} of {of}"}
-                Tracker(**common["tracker"]).end_training(row["run_id"], "KILLED", why)
+            why = {"detr.stopped": f"by {scheduler} after validation {len(row['curve'])} of {of}"}
+            Tracker(**common["tracker"]).end_training(row["run_id"], "KILLED", why)
+
+    class Notes(tune.Callback):  # pickled by Tune
+        def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
+            place_of(trials, trial)
+
+        def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
+            place = place_of(trials, trial)
+            if not (place / TRIAL).is_file():
+                end(place, trial, "stopped")
 
         def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
-            place = Path(common["folder"]) / "trials" / digest(trial.config["values"], 8)
-            if (place / TRIAL).is_file():
-                return
-            row = _row(place, common, (trial.last_result or {}).get("time_total_s", 0.0))
-            said = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else "It failed."
-            write_json(place / TRIAL, row | {"status": "failed", "error": said.strip().splitlines()[-1]})
+            place = place_of(trials, trial)
+            if not (place / TRIAL).is_file():
+                said = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+                end(place, trial, "failed", next(reversed(said.strip().splitlines()), "It failed without a word."))
 
-    return Ends()
+    return Notes()
 
 
 def _row(place: Path, common: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -435,10 +443,11 @@ def _at_once(settings: RunSettings, use_gpu: bool) -> int:
 
 def _check_state_api() -> None:
     """Raise UserError where Ray's State API does not answer: trials that are stopped would keep their places."""
+    import ray
     from ray.util.state import list_nodes
 
     try:
-        list_nodes(limit=1, timeout=30)
+        list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=30)
     except Exception as error:  # it raises whatever its HTTP client does
         raise UserError(
             f"Ray's State API does not answer ({' '.join(str(error).split())[:200]}), which frees the places of trials "

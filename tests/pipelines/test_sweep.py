@@ -28,14 +28,14 @@ def settings_with(**changes) -> RunSettings:
 
 
 def planned(settings: RunSettings, space: dict) -> list[dict]:
-    return _planned(space, check_space(settings, space), settings, [])
+    return _planned(*check_space(settings, space), settings)
 
 
 def test_the_present_settings_come_first_and_no_two_trials_are_alike():
     settings = settings_with(sweep__trials=12)
     space = ready_space(settings)
     trials = planned(settings, space)
-    assert trials[0] == check_space(settings, space) and len(trials) == 12
+    assert trials[0] == check_space(settings, space)[1] and len(trials) == 12
     assert len({json.dumps(trial, sort_keys=True) for trial in trials}) == 12
     assert trials == planned(settings, space) != planned(settings_with(sweep__trials=12, seed=1), space)
 
@@ -49,7 +49,7 @@ def test_a_small_space_is_tried_whole():
 def test_the_ready_space_is_around_the_present_settings_and_all_of_it_can_be_trained(preset, tied):
     settings = settings_with(model__preset=preset, sweep__tied=tied)
     space = ready_space(settings)
-    present = check_space(settings, space)
+    _, present = check_space(settings, space)
     assert all(present[key] in values for key, values in space.items())
     assert ("loss.cost_bbox" in space) is not tied
     assert ("loss.eos_coef" in space) is (preset == "detr_resnet50")
@@ -82,6 +82,12 @@ def test_ranges_are_drawn_within_and_whole_numbers_stay_whole():
     queries = [draw(Range(low=50, high=52), drawn) for _ in range(60)]
     assert set(queries) == {50, 51, 52} and all(isinstance(number, int) for number in queries)
     assert all(isinstance(draw(Range(low=10, high=1000, log=True), drawn), int) for _ in range(20))
+
+
+def test_values_are_what_the_setting_makes_of_them():
+    """YAML has 1e-3 for a word, and 2 for no float."""
+    space, present = check_space(RunSettings(), {"train.lr": ["1e-3", 2e-3], "loss.loss_ce": [1, 2]})
+    assert space == {"train.lr": [1e-3, 2e-3], "loss.loss_ce": [1.0, 2.0]} and present["train.lr"] == 2e-3
 
 
 def test_a_grid_is_tried_whole_or_refused():
@@ -181,14 +187,14 @@ def sums(monkeypatch):
 
 
 def try_all(folder: Path, settings: RunSettings, space: dict, tracked) -> list[dict]:
-    present = check_space(settings, space)
+    space, present = check_space(settings, space)
     started = [row["values"] for row in module._started(folder)]
     common = {
         "settings": settings.model_dump(mode="json"), "space": {}, "present": present, "dataset": str(folder),
         "folder": str(folder), "tracker": {"uri": tracked.uri, "experiment": "x", "artifact_root": None},
         "run_id": "parent", "name": "sums", "devices": 2,
     }  # fmt: skip
-    module._run_trials(common, settings, space, _planned(space, present, settings, started), started, 1)
+    module._run_trials(common, settings, space, _planned(space, present, settings), started, 1)
     return module._rows(folder)
 
 
