@@ -16,8 +16,10 @@ def main(settings, store: Path) -> dict:
         checkpoint, _ = latest_checkpoint(settings, store, data, None)
         splits = [s for s in ("val", "test") if s in data["result"]["images"]]
         evaluations = [evaluate_stage(settings, store, data, checkpoint, s) for s in splits]
-        training, predictions = latest(store, "train"), latest(store, "predict")
-        stages = [data, training, *evaluations, *filter(None, [predictions])]
+        training, predictions, trials = (latest(store, stage) for stage in ("train", "predict", "sweep"))
+        if trials and trials["inputs"]["dataset"] != data["result"]["digest"]:
+            trials = None
+        stages = [stage for stage in (data, trials, training, *evaluations, predictions) if stage]
         record = report_stage(settings, store, data, stages, training, evaluations, None, predictions)
     return {**record["result"], "reused": record["reused"], "text": record["result"]["report"]}
 

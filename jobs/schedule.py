@@ -150,7 +150,8 @@ def remove(store: Path, name: str) -> dict:
 def run(store: Path, name: str) -> dict:
     """Run a schedule's command now.
 
-    The scheduler does it, if one runs; else it is done here, and the exit code is the command's.
+    The scheduler does it, if one runs; else it is done here, with whatever a stopped scheduler left unfinished, and the
+    exit code is the command's.
     """
     from pipelines.schedule import SchedulerRuns, change, describe
 

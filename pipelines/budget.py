@@ -45,7 +45,8 @@ class Budget:
         self.plans: list[dict[str, Any]] = []  # made so far, in this start or one before
         if unit == "seconds":
             if self.file.is_file():
-                self.plans = read_json(self.file)["plans"]
+                known = read_json(self.file)
+                self.plans = known.get("plans") or [{"after": 0, **known}]  # format 2 had the last one
             for plan in self.plans:
                 if plan["after"] <= step:
                     self._adopt(plan)
@@ -129,7 +130,8 @@ class Budget:
     def _plan(self, step: int) -> tuple[int, int, float] | None:
         """Steps, those of them at smaller images, and what these cost; None while the pace is still measured."""
         elapsed = self.state["spent"]
-        if step < MEASURE_TO and elapsed <= 0.5 * (self.part or 1) * self.seconds:
+        # Known before the first validation is due, so that it comes at its share of the time.
+        if step < MEASURE_TO and elapsed <= min(0.5 * (self.part or 1), 0.8 / self.validations) * self.seconds:
             return None
         # The median: the first steps, and those beside which images are prepared, are slower than most.
         measured = self.durations[MEASURE_FROM:] if step > 2 * MEASURE_FROM else self.durations

@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -482,14 +482,16 @@ def _stop(store: Path, names: list[str]) -> None:
     if pids:
         _say(f"Stopping {len(pids)} command{'s' if len(pids) > 1 else ''}.")
     for pid in pids:
-        os.kill(pid, signal.SIGINT)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGINT)
     deadline = time.monotonic() + STOP_SECONDS
     try:
         while alive() and time.monotonic() < deadline:
             time.sleep(0.1)
     finally:  # after a second Ctrl-C, too
         for pid in alive():
-            os.killpg(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
 
 def _printed(path: Path) -> Record | None:

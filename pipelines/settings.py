@@ -244,6 +244,13 @@ class TrainSettings(Settings):
         return {"none": 1.0, "sqrt": math.sqrt(self.num_workers), "linear": float(self.num_workers)}[self.lr_scaling]
 
 
+# How a training is done, and not what comes of it.
+SAME_MODEL = (
+    "micro_batches", "recompute", "compile", "min_workers", "max_failures", "validation", "checkpoint_minutes",
+    "storage",
+)  # fmt: skip
+
+
 class FitSettings(Settings):
     """What is set from the data when a training starts (pipelines/fit.py).
 

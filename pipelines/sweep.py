@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
 import shutil
 import statistics
@@ -17,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 from joblib import cpu_count
 
 from pipelines.fit import fit_to_data
 from pipelines.progress import console, progress
-from pipelines.settings import Axis, Range, RunSettings, UserError, digest, override_settings
+from pipelines.settings import SAME_MODEL, Axis, Range, RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, write_json
 from pipelines.tracking import Tracker
 from pipelines.train import check_room, find_weights, train, uses_gpu
 from pipelines.training_log import PROGRESS, read_history, read_progress
+from pipelines.training_state import Diverged
 from pipelines.trials import analyse, draw_trials, trials_table
 
 FORMAT = 2
@@ -33,6 +36,13 @@ TRIED, TRIAL = "tried.json", "trial.json"  # what a trial tries; what it came to
 # A cost and the weight of the loss it stands for (Carion et al. 2020 have one figure for both).
 TIED = {"loss.cost_class": "loss.loss_ce", "loss.cost_bbox": "loss.loss_bbox", "loss.cost_giou": "loss.loss_giou"}
 FACTORS = (0.5, 1.0, 2.0)  # of the present value, in the ready space
+SWEEPABLE = ("model.", "loss.", "train.", "seed")
+# What makes trials unlike, or the same in all of them.
+FIXED = {f"train.{key}" for key in ("budget", "validations", "patience", "num_workers", "use_gpu", *SAME_MODEL)}
+THROUGH = (0, 3, 6)  # trials that no scheduler stops: the present settings, and what says how good its cuts are
+ATTEMPTS = 3  # for a trial that its machine was taken from
+
+NOTHING = {"AP": -1.0, "validation": 0}  # Tune wants to be told something of a trial that came to nothing
 
 Values = dict[str, Any]
 
@@ -53,7 +63,10 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     check_room(settings, use_gpu)
     if options.scheduler != "none":
         _check_state_api()
-    started = _started(folder)
+    for file in folder.glob(f"trials/*/{TRIAL}"):
+        if read_json(file)["again"]:  # it failed of what may be better by now
+            file.unlink()
+    known = len(_rows(folder))
     trials = _planned(space, present, settings)
     tried_at_once = _at_once(settings, use_gpu)
 
@@ -63,7 +76,6 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     write_json(run_file, {"format": 1, "run_id": run_id})
     tracker.log_params(run_id, {"sweep": options.model_dump(mode="json"), "seed": settings.seed})
     number = options.trials if trials is None else len(trials)
-    known = sum((folder / "trials" / digest(row["values"], 8) / TRIAL).is_file() for row in started)
     console.print(
         f"Sweep of {number} trials, {options.budget} each"
         + (f", {tried_at_once} at once" if tried_at_once > 1 else "") + (f"; {known} are known" if known else "") + "."
@@ -75,9 +87,11 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     }  # fmt: skip
     status = "FAILED"
     try:
-        with Follower(folder, number):
-            _run_trials(common, settings, space, trials, [row["values"] for row in started], tried_at_once)
+        with Follower(folder, number, tracker):
+            run_trials(common, settings, space, trials, tried_at_once)
         rows = _rows(folder)
+        if len(rows) < number and trials is None:
+            console.print(f"Optuna proposed {number - len(rows)} of its trials a second time; they were not repeated.")
         ended = [row for row in rows if row["AP"] is not None]
         if not ended:
             raise UserError(f"No trial of the sweep ended; the first says: {rows[0]['error'] if rows else 'nothing'}")
@@ -143,7 +157,8 @@ def ready_space(settings: RunSettings) -> dict[str, list[Any]]:
 def check_space(settings: RunSettings, space: dict[str, Axis]) -> tuple[dict[str, Axis], Values]:
     """The space with its values as settings have them (YAML reads 1e-3 as a word), and the present values of its axes.
 
-    Raises UserError for a setting or a value that cannot be, before anything runs.
+    A range is of whole numbers where the setting is one. Raises UserError for a setting or a value that cannot be,
+    before anything runs.
     """
     checked: dict[str, Axis] = {}
     present: Values = {}
@@ -153,11 +168,14 @@ def check_space(settings: RunSettings, space: dict[str, Axis]) -> tuple[dict[str
         present[key] = _value(settings, key)
         if isinstance(present[key], dict):
             raise UserError(f"{key!r} in sweep.space is a group of settings; name one of {', '.join(present[key])}.", 2)
-        if key.startswith(("sweep.", "train.budget", "train.validation")):
-            raise UserError(f"{key!r} cannot be swept: all trials are of one length and judged alike.", 2)
+        if not key.startswith(SWEEPABLE) or key in FIXED:
+            raise UserError(
+                f"{key!r} cannot be swept: trials differ in what a model is and learns by ({', '.join(SWEEPABLE)}); "
+                "their length, data and measure are the same.", 2,
+            )  # fmt: skip
         if isinstance(values, Range) and not all(isinstance(x, int | float) and x is not True for x in found):
             raise UserError(f"{key!r} in sweep.space is no number; give a list of values instead of a range.", 2)
-        checked[key] = found if isinstance(values, list) else values
+        checked[key] = found if isinstance(values, list) else Range(low=found[0], high=found[1], log=values.log)
     for key, values in checked.items():
         for value in values if isinstance(values, list) else [values.low, values.high]:
             override_settings(settings, settings_of(settings, {**present, key: value}, present))
@@ -177,6 +195,13 @@ def settings_of(settings: RunSettings, values: Values, present: Values) -> Value
                 if one in changes and other not in values and present[one]:
                     changes[other] = _rounded(_value(settings, other) * changes[one] / present[one])
     return changes
+
+
+def contains(values: Axis, value: Any) -> bool:
+    """Whether an axis has a value."""
+    if isinstance(values, list):
+        return value in values
+    return isinstance(value, int | float) and values.low <= value <= values.high
 
 
 def choose_best(rows: list[dict[str, Any]], min_gain: float) -> dict[str, Any]:
@@ -236,104 +261,138 @@ def draw(values: Axis, drawn: random.Random) -> Any:
     return round(value) if values.is_whole() else value
 
 
-def _run_trials(
-    common: dict[str, Any], settings: RunSettings, space: dict[str, Axis], trials: list[Values] | None,
-    started: list[Values], at_once: int,
+def run_trials(
+    common: dict[str, Any], settings: RunSettings, space: dict[str, Axis], trials: list[Values] | None, at_once: int
+) -> None:  # fmt: skip
+    """Let Tune do the trials, or Optuna's where they are None; each leaves its row in its folder."""
+    from ray import tune
+
+    present, number = common["present"], settings.sweep.trials
+    if trials is not None:
+        return _tune(common, settings, at_once, param_space={"values": tune.grid_search(trials)})
+    # The present settings may not be in the space that Optuna is to search; so they are tried without it.
+    _tune(common, settings, at_once, param_space={"values": tune.grid_search([present])})
+    tried = [row["values"] for row in _started(Path(common["folder"]))]
+    inside = [values for values in tried if all(contains(axis, values[key]) for key, axis in space.items())]
+    number -= len(tried) - len(inside)
+    if number > 0:
+        search = _optuna_search(space, inside, settings.seed + len(tried))
+        _tune(common, settings, at_once, search_alg=search, num_samples=number)
+
+
+def _tune(
+    common: dict[str, Any], settings: RunSettings, at_once: int, param_space: dict[str, Any] | None = None,
+    **options: Any,
 ) -> None:  # fmt: skip
     from ray import tune
 
-    options, place = settings.sweep, Path(common["folder"]) / "ray"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # with it a sweep that is stopped would seem to be over
+    place = Path(common["folder"]) / "ray"
     shutil.rmtree(place, ignore_errors=True)  # what Tune wrote before a stop is not read: each trial's folder is
-    search, points = None, {"values": tune.grid_search(trials)}
-    if trials is None:
-        search, points = _optuna_search(space, common["present"], started, settings.seed), {}
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, common=common), {"CPU": 0.1}),  # its worker asks for its own
-        param_space=points,
+        param_space=param_space or {},
         tune_config=tune.TuneConfig(
-            metric="AP", mode="max", max_concurrent_trials=at_once, search_alg=search,
-            num_samples=options.trials if search else 1, scheduler=_scheduler(settings),
+            metric="AP", mode="max", max_concurrent_trials=at_once, scheduler=_scheduler(settings, common), **options
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(place), verbose=0, callbacks=[_notes(common)]),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(place), verbose=0, callbacks=[_notes(common)],
+            failure_config=tune.FailureConfig(max_failures=ATTEMPTS - 1),
+        ),
     )  # fmt: skip
     tuner.fit()
 
 
-def _scheduler(settings: RunSettings):
-    """What stops trials: after a validation that others did better at."""
-    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
+def _scheduler(settings: RunSettings, common: dict[str, Any]):
+    """What stops trials: after a validation that others did better at, but for a few (THROUGH)."""
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
     options = settings.sweep
+    if options.scheduler == "none":
+        return FIFOScheduler()
+
+    class Lenient:
+        def on_trial_result(self, controller, trial, result):
+            decision = super().on_trial_result(controller, trial, result)
+            through = read_json(_place(common, trial) / TRIED)["number"] in THROUGH
+            return TrialScheduler.CONTINUE if through else decision
+
+        def _on_insufficient_samples(self, controller, trial, time):  # it would pause, and start the trial anew
+            return TrialScheduler.CONTINUE
+
     if options.scheduler == "asha":  # the lower half at the first, second, fourth … validation
-        return AsyncHyperBandScheduler(
+
+        class Halving(Lenient, AsyncHyperBandScheduler):
+            pass
+
+        return Halving(
             time_attr="validation", max_t=options.validations, grace_period=1, reduction_factor=2,
             stop_last_trials=False,
         )  # fmt: skip
-    if options.scheduler == "median":
-        return MedianStoppingRule(time_attr="validation", grace_period=1, min_samples_required=3)
-    return FIFOScheduler()
+
+    class Median(Lenient, MedianStoppingRule):
+        pass
+
+    return Median(time_attr="validation", grace_period=1, min_samples_required=3)
 
 
-def _optuna_search(space: dict[str, Axis], present: Values, started: list[Values], seed: int):
-    """Optuna's tree-structured Parzen estimator; what was started before comes first, and then the present settings."""
+def _optuna_search(space: dict[str, Axis], known: list[Values], seed: int):
+    """Optuna's tree-structured Parzen estimator, told of known trials first."""
     import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-    def axis(values: Axis, standing: Any):
+    def axis(values: Axis):
         if isinstance(values, list):
-            return CategoricalDistribution(values if standing in values else [*values, standing])
+            return CategoricalDistribution(values)
         kind = IntDistribution if values.is_whole() else FloatDistribution
-        return kind(min(values.low, standing), max(values.high, standing), log=values.log)
+        return kind(values.low, values.high, log=values.log)
 
-    first = started or [present]
     return OptunaSearch(
-        space={f"values/{key}": axis(values, present[key]) for key, values in space.items()}, metric="AP", mode="max",
-        points_to_evaluate=[{f"values/{key}": value for key, value in point.items()} for point in first],
-        sampler=optuna.samplers.TPESampler(seed=seed + len(started), multivariate=True),
+        space={f"values/{key}": axis(values) for key, values in space.items()}, metric="AP", mode="max",
+        points_to_evaluate=[{f"values/{key}": value for key, value in point.items()} for point in known],
+        sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True),
     )  # fmt: skip
 
 
 def _trial(config: dict[str, Any], common: dict[str, Any]) -> None:
     """A Tune trial: a Ray Train run of its own in a folder named by what it tries, so that it can be taken up again."""
+    place = Path(common["folder"]) / "trials" / digest(config["values"], 8)
+    with FileLock(place / ".lock"):  # Optuna may propose the same twice
+        _train_or_tell(config["values"], place, common)
+
+
+def _train_or_tell(values: Values, place: Path, common: dict[str, Any]) -> None:
     from ray import tune
 
-    values = config["values"]
     settings = RunSettings.model_validate(common["settings"])
-    key, folder = digest(values, 8), Path(common["folder"])
-    place = folder / "trials" / key
-    if (place / TRIAL).is_file():  # done before a stop: Tune hears of it again
-        row = read_json(place / TRIAL)
-        for point in row["curve"]:
+    options, changes = settings.sweep, settings_of(settings, values, common["present"])
+    row = read_json(place / TRIAL) if (place / TRIAL).is_file() else None
+    for point in (row or _row(place, common))["curve"]:  # of what was done before a stop Tune hears again
+        if row or point["validation"] < options.validations:
             tune.report({"AP": point["AP"], "validation": point["validation"]})
-        if not row["curve"]:
-            raise UserError(row["error"] or "It failed.")
+    if row and not row["curve"]:
+        tune.report(NOTHING)
+    if row:
         return
-    changes = settings_of(settings, values, common["present"])
-    options = settings.sweep
     mine = override_settings(settings, {
         **changes, "train.budget": options.budget, "train.validations": options.validations,
         "train.validation": "inline", "train.patience": 0,
     })  # fmt: skip
     tags = {"mlflow.parentRunId": common["run_id"], "detr.stage": "trial", "detr.tries": _in_words(changes)}
-    began = time.monotonic()
     try:
         found = train(
-            mine, Path(common["dataset"]), place, Tracker(**common["tracker"]), f"{common['name']}-{key}", tags,
+            mine, Path(common["dataset"]), place, Tracker(**common["tracker"]), f"{common['name']}-{place.name}", tags,
             callbacks=[_cut_reports(options.validations)],
         )  # fmt: skip
     except UserError as error:
-        row = _row(place, common, time.monotonic() - began)
-        write_json(place / TRIAL, row | {"status": "failed", "error": str(error)})
-        raise
-    row = _row(place, common, time.monotonic() - began)
-    row |= {
-        "status": "finished", "steps": found["steps"], "images_per_second": found["images_per_second"],
-        "AP": found["AP"], "AP50": found["AP50"], "run_id": found["run_id"],
-    }  # fmt: skip
-    write_json(place / TRIAL, row)
+        again = not isinstance(error, Diverged) and error.exit_code != 2
+        _end(place, common, "failed", str(error), again)
+        tune.report(NOTHING)
+        return
+    _end(place, common, "finished", **{key: found[key] for key in ("AP", "AP50", "run_id")})
     tune.report({"AP": found["AP"], "validation": options.validations})
 
 
@@ -343,9 +402,8 @@ def _cut_reports(validations: int):
 
     class Cuts(TuneReportCallback):
         def after_report(self, run_context, metrics, checkpoint) -> None:
-            if metrics[0]["AP"] >= 0 and metrics[0]["validated"] < validations:  # else a checkpoint in between
-                known = {"AP": metrics[0]["AP"], "validation": metrics[0]["validated"]}
-                super().after_report(run_context, [known], None)
+            if metrics[0]["AP"] >= 0 and metrics[0]["mark"] < validations:  # else a checkpoint in between
+                super().after_report(run_context, [{"AP": metrics[0]["AP"], "validation": metrics[0]["mark"]}], None)
 
     return Cuts()
 
@@ -354,43 +412,50 @@ def _notes(common: dict[str, Any]):
     """Notes what trials try, and what became of those that did not end by themselves."""
     from ray import tune
 
-    def place_of(trials: list, trial) -> Path:
-        place = Path(common["folder"]) / "trials" / digest(trial.config["values"], 8)
-        if not (place / TRIED).is_file():
-            place.mkdir(parents=True, exist_ok=True)
-            tried = {"format": FORMAT, "number": trials.index(trial), "values": trial.config["values"]}
-            write_json(place / TRIED, tried)
-        return place
-
-    def end(place: Path, trial, status: str, error: str | None = None) -> None:
-        row = _row(place, common, (trial.last_result or {}).get("time_total_s", 0.0))
-        write_json(place / TRIAL, row | {"status": status, "error": error})
-        if status == "stopped" and row["run_id"]:
-            scheduler, of = (common["settings"]["sweep"][key] for key in ("scheduler", "validations"))
-            why = {"detr.stopped": f"by {scheduler} after validation {len(row['curve'])} of {of}"}
-            Tracker(**common["tracker"]).end_training(row["run_id"], "KILLED", why)
-
     class Notes(tune.Callback):  # pickled by Tune
         def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
-            place_of(trials, trial)
+            place = _place(common, trial)
+            if not (place / TRIED).is_file():
+                place.mkdir(parents=True, exist_ok=True)
+                number = len(_started(Path(common["folder"])))
+                write_json(place / TRIED, {"format": FORMAT, "number": number, "values": trial.config["values"]})
 
         def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
-            place = place_of(trials, trial)
-            if not (place / TRIAL).is_file():
-                end(place, trial, "stopped")
+            if not (_place(common, trial) / TRIAL).is_file():
+                self._close(trial, "stopped", "KILLED")
 
         def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
-            place = place_of(trials, trial)
-            if not (place / TRIAL).is_file():
+            self.on_trial_start(iteration, trials, trial)  # its process may not have come up
+            if not (_place(common, trial) / TRIAL).is_file():
                 said = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
-                end(place, trial, "failed", next(reversed(said.strip().splitlines()), "It failed without a word."))
+                why = next(reversed(said.strip().splitlines()), "It failed without a word.")
+                self._close(trial, "failed", "FAILED", why)
+
+        def _close(self, trial, status: str, run_status: str, error: str | None = None) -> None:
+            place, sweep = _place(common, trial), common["settings"]["sweep"]
+            row = _row(place, common)
+            if row["run_id"]:
+                why = error or f"by {sweep['scheduler']} after validation {len(row['curve'])} of {sweep['validations']}"
+                Tracker(**common["tracker"]).end_training(row["run_id"], run_status, {f"detr.{status}": why})
+            _end(place, common, status, error, again=status == "failed")
 
     return Notes()
 
 
-def _row(place: Path, common: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _place(common: dict[str, Any], trial) -> Path:
+    return Path(common["folder"]) / "trials" / digest(trial.config["values"], 8)
+
+
+def _end(
+    place: Path, common: dict[str, Any], status: str, error: str | None = None, again: bool = False, **known: Any
+) -> None:  # fmt: skip
+    """Write a trial's row. again: when the sweep is started again, it is to be tried once more."""
+    write_json(place / TRIAL, _row(place, common) | {"status": status, "error": error, "again": again, **known})
+
+
+def _row(place: Path, common: dict[str, Any]) -> dict[str, Any]:
     """A trial's row (see `pipelines.trials`) as far as it has come, by its folder."""
-    tried, history = read_json(place / TRIED), read_history(place / PROGRESS)
+    tried, history, seconds = read_json(place / TRIED), read_history(place / PROGRESS), _seconds(place)
     settings = RunSettings.model_validate(common["settings"])
     validations, steps = history["validations"], history["steps"]
     best = max(validations, key=lambda found: found["AP"], default={"AP": None, "AP50": None})
@@ -402,8 +467,8 @@ def _row(place: Path, common: dict[str, Any], seconds: float) -> dict[str, Any]:
         "status": "",
         "AP": best["AP"],
         "AP50": best["AP50"],
-        "curve": [{"validation": i, **{key: found[key] for key in ("step", "AP", "AP50")}}
-                  for i, found in enumerate(validations, 1)],
+        "curve": [{"validation": found["mark"], **{key: found[key] for key in ("step", "AP", "AP50")}}
+                  for found in validations],
         "steps": steps[-1]["step"] if steps else None,
         "images_per_second": round(statistics.median(rates), 2) if rates else None,
         "seconds": round(seconds, 1),
@@ -411,6 +476,16 @@ def _row(place: Path, common: dict[str, Any], seconds: float) -> dict[str, Any]:
         "run_id": read_json(place / "run.json")["run_id"] if (place / "run.json").is_file() else None,
         "error": None,
     }  # fmt: skip
+
+
+def _seconds(place: Path) -> float:
+    """What a training took, all its starts together, by its progress file."""
+    spent, last = 0.0, None
+    for record in read_progress(place / PROGRESS):
+        if record["event"] != "start" and last is not None:
+            spent += record["time"] - last
+        last = record["time"]
+    return spent
 
 
 def _started(folder: Path) -> list[dict[str, Any]]:
@@ -458,8 +533,8 @@ def _check_state_api() -> None:
 class Follower:
     """Shows how far a sweep is, on stderr, by what its trials leave in their folders."""
 
-    def __init__(self, folder: Path, number: int):
-        self.folder, self.number = folder, number
+    def __init__(self, folder: Path, number: int, tracker: Tracker):
+        self.folder, self.number, self.tracker = folder, number, tracker
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -483,8 +558,13 @@ class Follower:
                     if row["number"] not in self.ended:
                         self.ended.add(row["number"])
                         console.print(f"  trial {len(self.ended)} of {self.number}, {self._words(row)}")
-                running = [self._share(file.parent) for file in self.folder.glob(f"trials/*/{TRIED}")
-                           if not (file.parent / TRIAL).is_file()]  # fmt: skip
+                running = []
+                for place in (file.parent for file in self.folder.glob(f"trials/*/{TRIED}")):
+                    runs = not (place / TRIAL).is_file()
+                    if (place / "run.json").is_file():
+                        self.tracker.watch_run(read_json(place / "run.json")["run_id"], runs)
+                    if runs:
+                        running.append(self._share(place))
                 share = len(rows) + sum(running)
                 first = share if first is None else first
                 left = None

@@ -370,6 +370,13 @@ class Tracker:
         self.end_training_model(self.training_model(run_id, TRAINING), ready=False)
         client.set_terminated(run_id, status)
 
+    def watch_run(self, run_id: str, running: bool) -> None:
+        """Have a run that another process keeps open closed with those of this one, when this one is stopped."""
+        if running:
+            _open[run_id] = self
+        else:
+            _open.pop(run_id, None)
+
     @contextmanager
     def lock(self, timeout: float = 60) -> Iterator[bool]:
         """Hold a lock beside the SQLite file; yields False for a server, which has no such file."""
@@ -387,6 +394,8 @@ def _client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # A quarter of a minute for a server that is away, and not four: a training waits meanwhile.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     from mlflow import MlflowClient
 

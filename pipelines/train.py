@@ -48,6 +48,7 @@ from pipelines.tracking import Tracker, code_version, environment
 from pipelines.training_log import LOG_EVERY, PROGRESS, Follower, TrainingLog, read_history
 from pipelines.training_state import (
     MODEL,
+    Diverged,
     StorageError,
     checkpoint_folder,
     finish_model,
@@ -157,7 +158,7 @@ def train(
         with Follower(folder / PROGRESS, name):
             result = trainer.fit()
         if (folder / FAILED).is_file():
-            raise UserError(read_json(folder / FAILED)["error"])
+            raise _said(folder)
         if result.error is not None:
             raise result.error
         summary = _finish(result, folder, settings, validation, (fs, f"{storage}/run"))
@@ -283,7 +284,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         if explained is None:
             raise
         with contextlib.suppress(OSError):  # the disk may be full, and then it is tried again
-            write_json(said, {"format": 1, "error": str(explained)})
+            write_json(said, {"format": 1, "error": str(explained), "diverged": isinstance(error, Diverged)})
         raise explained from error
 
 
@@ -387,7 +388,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                         _count_validation(state, step, metrics, first=step <= budget.full_from)
                         if rank == 0:
                             some = sample_predictions(detector, dataset, dataset_folder, settings)
-                            log.validation(step, metrics, some)
+                            log.validation(step, metrics, some, budget.state["validations"])
                     _keep(rank, model, ema, optimizer, state, metrics, dataset, settings, due and config["beside"])
                     kept = time.monotonic()
     log.ask_from = 0.0
@@ -425,7 +426,8 @@ def _keep(
     """Hand Ray Train the metrics and, from the first worker, a checkpoint, which then is stored, verified and known."""
     import ray.train
 
-    numbers = {"step": state["step"], "validated": state["validated"], "AP": -1.0, "AP50": 0.0}  # while not known
+    numbers = {"step": state["step"], "validated": state["validated"], "AP": -1.0, "AP50": 0.0,  # while not known
+               "mark": state["budget"]["validations"]}  # fmt: skip
     if metrics is not None:
         numbers |= {"AP": metrics["AP"], "AP50": metrics["AP50"]}
     rng = gather_over_workers(random_state())
@@ -511,7 +513,7 @@ def train_step(
     """One optimiser step on this worker's parts of it -> (losses, gradient norm), left on the device.
 
     Each part is computed in `train.micro_batches`, one after another. The mean of the workers' losses is that of all
-    images at once, and so are the gradients. Raises UserError for outputs that are not finite.
+    images at once, and so are the gradients. Raises Diverged for outputs that are not finite.
     """
     options, model = settings.train, settings.model
     parts = [micro for part in parts for micro in _split(part, options.micro_batches)]
@@ -555,7 +557,7 @@ def _losses(
         return criterion(outputs, targets, denoising, window)
     except NonFiniteOutputs as error:
         ids = [int(part["image_ids"][i]) for i in error.images]
-        raise UserError(
+        raise Diverged(
             f"The model's outputs stopped being finite at step {step}, on the images with ids {ids}; the last good "
             f"checkpoint is kept. Lower train.lr (it is {options.lr:g}) or train.clip_max_norm and start again."
         ) from error
@@ -651,10 +653,16 @@ def explain_failure(error: BaseException, folder: Path, storage: str | None) -> 
     return None
 
 
+def _said(folder: Path) -> UserError:
+    """What a worker left in the folder's failed.json."""
+    said = read_json(folder / FAILED)
+    return (Diverged if said["diverged"] else UserError)(said["error"])
+
+
 def _explain(error: Exception, folder: Path, storage: str | None) -> UserError:
     """The sentence of a UserError a worker raised, or what became of the workers."""
     if (folder / FAILED).is_file():
-        return UserError(read_json(folder / FAILED)["error"])
+        return _said(folder)
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
         cause: BaseException | None = failure

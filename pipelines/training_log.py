@@ -94,11 +94,17 @@ class TrainingLog:
         """A sentence for the person who started the training."""
         self._write({"event": "message", "text": sentence})
 
-    def validation(self, step: int, metrics: dict[str, Any], picture: Image.Image | None = None) -> None:
-        """What a validation found, and some of its images with truth and detections."""
+    def validation(
+        self, step: int, metrics: dict[str, Any], picture: Image.Image | None = None, mark: int | None = None
+    ) -> None:
+        """What a validation found, and some of its images with truth and detections.
+
+        mark: how many of the training's even parts were over, where the one who validates knows.
+        """
         if not self.active:
             return
-        self._write({"event": "validation", "step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})
+        self._write({"event": "validation", "step": step, "AP": metrics["AP"], "AP50": metrics["AP50"],
+                     **({"mark": mark} if mark else {})})  # fmt: skip
         numbers = {f"val/{k}": v for k, v in metrics.items() if k.startswith("A") and v is not None}
         per_class = {f"val/AP/{c['name']}": c["AP"] for c in metrics["per_class"] if c["AP"] is not None}
         self._track({**numbers, **per_class}, step, **self.of_val)
@@ -121,7 +127,7 @@ class TrainingLog:
     def _write(self, record: dict[str, Any]) -> None:
         if self.active:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({**record, "time": round(time.time(), 2)}) + "\n")
 
     def _track(self, metrics: dict[str, float], step: int, **bound: str) -> None:
         if self.active:
@@ -130,7 +136,7 @@ class TrainingLog:
 
     def send(self) -> None:
         """Hand MLflow the figures it has not got; a training outlasts a server that is away for a while."""
-        while self.unsent and time.monotonic() >= self.ask_from:
+        while self.unsent:
             metrics, step, bound = self.unsent[0]
             if not self._to_mlflow(partial(self.tracker.log_metrics, self.run_id, metrics, step, **bound)):
                 return
@@ -140,6 +146,8 @@ class TrainingLog:
         """Whether MLflow took it; what is wrong is said once, until it answers again."""
         from mlflow.exceptions import MlflowException
 
+        if time.monotonic() < self.ask_from:
+            return False
         try:
             work()
         except (MlflowException, OSError) as error:

@@ -23,6 +23,10 @@ STATE, MODEL = "state.pt", "model"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints it knows
 
 
+class Diverged(UserError):
+    """Outputs or weights are not finite any more, which would only happen again."""
+
+
 class StorageError(UserError):
     """A checkpoint could not be stored; it may be better soon."""
 
@@ -35,11 +39,11 @@ def checkpoint_folder(
 ) -> Iterator[Path]:  # fmt: skip
     """A folder, for as long as it is uploaded, with all of a training's state and the averaged model to detect with.
 
-    rng: of every worker. metrics: of the model on "val", None where that is not known (yet). Raises UserError for
+    rng: of every worker. metrics: of the model on "val", None where that is not known (yet). Raises Diverged for
     weights that are not finite: what is kept is to be good.
     """
     if not all(bool(torch.isfinite(x).all()) for x in model.state_dict().values()):
-        raise UserError(
+        raise Diverged(
             f"The weights stopped being finite before step {progress['step']}; the last good checkpoint is kept. Lower "
             f"train.lr (it is {settings.train.lr:g}) or train.clip_max_norm and start again."
         )

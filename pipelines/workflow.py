@@ -15,16 +15,12 @@ from filelock import FileLock
 from rich.text import Text
 
 from pipelines.progress import console
-from pipelines.settings import RunSettings, UserError, digest, override_settings
+from pipelines.settings import SAME_MODEL, RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, run_stage, write_json
 
 if TYPE_CHECKING:
     from pipelines.ingest import Source
 
-SAME_MODEL = (  # how a training is done, and not what comes of it
-    "micro_batches", "recompute", "compile", "min_workers", "max_failures", "validation", "checkpoint_minutes",
-    "storage",
-)  # fmt: skip
 APPLICATION_VERSION = "2"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
 VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 7, "evaluate": 1, "predict": 1, "report": 3}

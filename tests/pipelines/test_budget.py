@@ -71,7 +71,7 @@ def test_slow_first_steps_do_not_count_as_the_pace(tmp_path, clock):
         clock["now"] += 5.0 if step < 5 else 0.25
         step += 1
         budget.tick(step)
-    assert step == module.MEASURE_TO
+    assert 20 < 5 * 5 <= clock["now"] < 200 / 6  # before the first of six validations is due
     assert 25 + (budget.steps - 5) * 0.25 * module.SLACK == pytest.approx(200, rel=0.05)
 
 
