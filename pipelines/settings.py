@@ -304,8 +304,11 @@ class SweepSettings(Settings):
         "twenty trials on",
     )
     scheduler: Literal["asha", "median", "none"] = Field(
-        "asha", description="stops a trial whose AP at the first, second, fourth … validation is in the lower half "
-        "(asha), or at any below the median (median)",
+        "asha", description="stops a trial whose AP is in the lower half at the validation of the grace period, or "
+        "at twice, four times … as many (asha); or below the median at any from there on (median)",
+    )
+    grace_period: int = Field(
+        2, gt=0, description="validations of a trial before it may be stopped: what short trials show before is little"
     )
     space: dict[str, Axis] | None = Field(
         None, description="settings by name, each with a list of values or {low, high, log}; by default costs, loss "

@@ -311,6 +311,8 @@ def _scheduler(settings: RunSettings, common: dict[str, Any]):
     if options.scheduler == "none":
         return FIFOScheduler()
 
+    grace = min(options.grace_period, options.validations)
+
     class Lenient:
         def on_trial_result(self, controller, trial, result):
             decision = super().on_trial_result(controller, trial, result)
@@ -320,20 +322,20 @@ def _scheduler(settings: RunSettings, common: dict[str, Any]):
         def _on_insufficient_samples(self, controller, trial, time):  # it would pause, and start the trial anew
             return TrialScheduler.CONTINUE
 
-    if options.scheduler == "asha":  # the lower half at the first, second, fourth … validation
+    if options.scheduler == "asha":
 
         class Halving(Lenient, AsyncHyperBandScheduler):
             pass
 
         return Halving(
-            time_attr="validation", max_t=options.validations, grace_period=1, reduction_factor=2,
+            time_attr="validation", max_t=options.validations, grace_period=grace, reduction_factor=2,
             stop_last_trials=False,
         )  # fmt: skip
 
     class Median(Lenient, MedianStoppingRule):
         pass
 
-    return Median(time_attr="validation", grace_period=1, min_samples_required=3)
+    return Median(time_attr="validation", grace_period=grace, min_samples_required=3)
 
 
 def _optuna_search(space: dict[str, Axis], known: list[Values], seed: int):

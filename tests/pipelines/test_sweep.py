@@ -216,7 +216,9 @@ def test_trials_are_stopped_failed_and_finished_each_with_its_row_and_known_ones
     tmp_path, ray_cluster, sums
 ):
     rates = [*APS, BROKEN, NONSENSE]
-    settings = settings_with(sweep__trials=7, sweep__search="grid", sweep__validations=VALIDATIONS)
+    settings = settings_with(
+        sweep__trials=7, sweep__search="grid", sweep__validations=VALIDATIONS, sweep__grace_period=1
+    )
     tracked = tracker(settings, tmp_path / "store", "x")
     rows = try_all(tmp_path, settings, {"train.lr": rates}, tracked)
     assert [row["values"]["train.lr"] for row in rows] == rates and [row["number"] for row in rows] == list(range(7))
@@ -272,7 +274,7 @@ def test_optuna_goes_on_from_what_is_known_within_the_space(tmp_path, ray_cluste
 SMALL = [
     "sample.train=16", "sample.val=8", "sample.test=0", "train.batch_size=4", "model.image_size=64",
     "model.hidden_dim=32", "model.nheads=4", "model.dim_feedforward=32", "sweep.trials=5", "sweep.budget=4 steps",
-    "sweep.validations=2", "sweep.search=grid",
+    "sweep.validations=2", "sweep.grace_period=1", "sweep.search=grid",
     "sweep.space={train.lr: [0.002, 0.001, 1e+30, 0.004]}",
 ]  # fmt: skip
 
