@@ -17,6 +17,10 @@ def main(settings, store: Path) -> dict:
     from pipelines.tracking import end_open_runs
     from pipelines.workflow import data_path, pipeline
 
+    if settings.sweep.in_pipeline:
+        from pipelines.sweep import plan
+
+        plan(settings)
     found = source(settings, data_path(settings, store))  # what is wrong is said before Ray starts
     with ray_session(settings, dashboard=settings.sweep.in_pipeline):
         try:

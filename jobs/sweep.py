@@ -10,8 +10,10 @@ from jobs.common import job, ray_session
 def main(settings, store: Path) -> dict:
     """Try the settings of sweep.space for a short time each and keep the best by AP as a settings file."""
     from pipelines.ingest import source
+    from pipelines.sweep import plan
     from pipelines.workflow import data_path, ingest_stage, sweep_stage
 
+    plan(settings)  # what cannot be tried is said before anything is done
     found = source(settings, data_path(settings, store))
     with ray_session(settings, dashboard=True):
         record = sweep_stage(settings, store, ingest_stage(settings, store, found))

@@ -37,11 +37,10 @@ TRIED, TRIAL = "tried.json", "trial.json"  # what a trial tries; what it came to
 TIED = {"loss.cost_class": "loss.loss_ce", "loss.cost_bbox": "loss.loss_bbox", "loss.cost_giou": "loss.loss_giou"}
 FACTORS = (0.5, 1.0, 2.0)  # of the present value, in the ready space
 SWEEPABLE = ("model.", "loss.", "train.", "seed")
-# What makes trials unlike, or the same in all of them.
+# What would make trials unlike in length or measure, or says nothing of a model.
 FIXED = {f"train.{key}" for key in ("budget", "validations", "patience", "num_workers", "use_gpu", *SAME_MODEL)}
 THROUGH = (0, 3, 6)  # trials that no scheduler stops: the present settings, and what says how good its cuts are
 ATTEMPTS = 3  # for a trial that its machine was taken from
-
 NOTHING = {"AP": -1.0, "validation": 0}  # Tune wants to be told something of a trial that came to nothing
 
 Values = dict[str, Any]
@@ -59,7 +58,7 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     if fitted:
         console.print(f"Fitted to the data: {'; '.join(fitted)}.")
     folder, options, use_gpu = Path(folder).resolve(), settings.sweep, uses_gpu(settings)
-    space, present = check_space(settings, ready_space(settings) if options.space is None else options.space)
+    space, present, trials = plan(settings)
     check_room(settings, use_gpu)
     if options.scheduler != "none":
         _check_state_api()
@@ -67,7 +66,6 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
         if read_json(file)["again"]:  # it failed of what may be better by now
             file.unlink()
     known = len(_rows(folder))
-    trials = _planned(space, present, settings)
     tried_at_once = _at_once(settings, use_gpu)
 
     run_file = folder / "run.json"
@@ -81,9 +79,9 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
         + (f", {tried_at_once} at once" if tried_at_once > 1 else "") + (f"; {known} are known" if known else "") + "."
     )  # fmt: skip
     common = {
-        "settings": settings.model_dump(mode="json"), "space": space_as_json(space), "present": present,
-        "dataset": str(Path(dataset_folder).resolve()), "folder": str(folder), "tracker": asdict(tracker),
-        "run_id": run_id, "name": name, "devices": _devices(settings, use_gpu),
+        "settings": settings.model_dump(mode="json"), "present": present, "folder": str(folder),
+        "dataset": str(Path(dataset_folder).resolve()), "tracker": asdict(tracker), "run_id": run_id, "name": name,
+        "devices": _devices(settings, use_gpu),
     }  # fmt: skip
     status = "FAILED"
     try:
@@ -92,24 +90,16 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
         rows = _rows(folder)
         if len(rows) < number and trials is None:
             console.print(f"Optuna proposed {number - len(rows)} of its trials a second time; they were not repeated.")
-        ended = [row for row in rows if row["AP"] is not None]
-        if not ended:
+        if all(row["AP"] is None for row in rows):
             raise UserError(f"No trial of the sweep ended; the first says: {rows[0]['error'] if rows else 'nothing'}")
         best = choose_best(rows, options.min_gain)
         found = {
             "format": FORMAT, "search": options.search, "scheduler": options.scheduler, "budget": options.budget,
             "validations": options.validations, "device": "GPU" if use_gpu else "CPU", "min_gain": options.min_gain,
-            "space": common["space"], "present": present, "trials": rows, "best": best["number"],
+            "space": {key: axis if isinstance(axis, list) else axis.model_dump() for key, axis in space.items()},
+            "present": present, "trials": rows, "best": best["number"],
         }  # fmt: skip
-        write_json(folder / "trials.json", found)
-        chosen = override_settings(settings, best["changes"]).model_dump(mode="json")
-        (folder / "best.yaml").write_text(
-            f"# Best of {len(rows)} trials of {options.budget} by AP on val: {best['AP']:.4f}.\n"
-            + yaml.safe_dump(chosen, sort_keys=False),
-            encoding="utf-8",
-        )
-        pictures = draw_trials(found, folder)
-        for file in (folder / "trials.json", folder / "best.yaml", *pictures):
+        for file in _leave(found, best, settings, folder):
             tracker.log_file(run_id, file)
         tracker.log_metrics(run_id, {"best/AP": best["AP"]})
         status = "FINISHED"
@@ -123,6 +113,50 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     for sentence in words:
         console.print(sentence)
     return {"best": best["changes"], "best_config": "best.yaml", "trials": rows, "run_id": run_id, "words": words}
+
+
+def plan(settings: RunSettings) -> tuple[dict[str, Axis], Values, list[Values] | None]:
+    """The space, the present values of its axes, and all trials' values, the present ones first.
+
+    These are None where each is chosen when those before are known (Optuna). Raises UserError for a space that cannot
+    be tried, as `check_space`, or a grid of too many points.
+    """
+    options = settings.sweep
+    space, present = check_space(settings, ready_space(settings) if options.space is None else options.space)
+    if options.search == "optuna":
+        return space, present, None
+    ranges = [key for key, values in space.items() if isinstance(values, Range)]
+    if options.search == "grid":
+        if ranges:
+            raise UserError(f"A grid has no ranges: give a list of values for {', '.join(ranges)} in sweep.space.", 2)
+        number = math.prod(len(values) for values in space.values())
+        if number > options.trials:
+            raise UserError(
+                f"The grid of sweep.space has {number} points, which are more than sweep.trials ({options.trials}). "
+                "Name fewer settings or values in sweep.space, raise sweep.trials, or set sweep.search=random.", 2,
+            )  # fmt: skip
+        points = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+        return space, present, [present, *(point for point in points if point != present)]
+    drawn, chosen = random.Random(settings.seed), [present]
+    for _ in range(100 * options.trials):  # a small space may have fewer points than there are to be trials
+        if len(chosen) == options.trials:
+            break
+        point = {key: draw(values, drawn) for key, values in space.items()}
+        if point not in chosen:
+            chosen.append(point)
+    return space, present, chosen
+
+
+def _leave(found: dict[str, Any], best: dict[str, Any], settings: RunSettings, folder: Path) -> list[Path]:
+    """Write trials.json, best.yaml and the pictures."""
+    write_json(folder / "trials.json", found)
+    chosen = override_settings(settings, best["changes"]).model_dump(mode="json")
+    (folder / "best.yaml").write_text(
+        f"# Best of {len(found['trials'])} trials of {found['budget']} by AP on val: {best['AP']:.4f}.\n"
+        + yaml.safe_dump(chosen, sort_keys=False),
+        encoding="utf-8",
+    )
+    return [folder / "trials.json", folder / "best.yaml", *draw_trials(found, folder)]
 
 
 def ready_space(settings: RunSettings) -> dict[str, list[Any]]:
@@ -213,38 +247,6 @@ def choose_best(rows: list[dict[str, Any]], min_gain: float) -> dict[str, Any]:
     if standing is not None and best["AP"] < standing["AP"] + min_gain:
         return standing
     return best
-
-
-def space_as_json(space: dict[str, Axis]) -> dict[str, Any]:
-    """As trials.json has it."""
-    return {key: values if isinstance(values, list) else values.model_dump() for key, values in space.items()}
-
-
-def _planned(space: dict[str, Axis], present: Values, settings: RunSettings) -> list[Values] | None:
-    """All trials' values, the present ones first; None where each is chosen when those before are known (Optuna)."""
-    options = settings.sweep
-    if options.search == "optuna":
-        return None
-    ranges = [key for key, values in space.items() if isinstance(values, Range)]
-    if options.search == "grid":
-        if ranges:
-            raise UserError(f"A grid has no ranges: give a list of values for {', '.join(ranges)} in sweep.space.", 2)
-        number = math.prod(len(values) for values in space.values())
-        if number > options.trials:
-            raise UserError(
-                f"The grid of sweep.space has {number} points, which are more than sweep.trials ({options.trials}). "
-                "Name fewer settings or values in sweep.space, raise sweep.trials, or set sweep.search=random.", 2,
-            )  # fmt: skip
-        points = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
-        return [present, *(point for point in points if point != present)]
-    drawn, chosen = random.Random(settings.seed), [present]
-    for _ in range(100 * options.trials):  # a small space may have fewer points than there are to be trials
-        if len(chosen) == options.trials:
-            break
-        point = {key: draw(values, drawn) for key, values in space.items()}
-        if point not in chosen:
-            chosen.append(point)
-    return chosen
 
 
 def draw(values: Axis, drawn: random.Random) -> Any:

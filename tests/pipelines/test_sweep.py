@@ -17,7 +17,7 @@ import pytest
 from pipelines import sweep as module
 from pipelines.settings import Range, RunSettings, UserError, override_settings
 from pipelines.stage import read_json
-from pipelines.sweep import _planned, check_space, choose_best, draw, ready_space, settings_of
+from pipelines.sweep import check_space, choose_best, draw, plan, ready_space, settings_of
 from pipelines.tracking import tracker
 
 PRESETS = ("tiny", "detr_resnet50")
@@ -28,7 +28,7 @@ def settings_with(**changes) -> RunSettings:
 
 
 def planned(settings: RunSettings, space: dict) -> list[dict]:
-    return _planned(*check_space(settings, space), settings)
+    return plan(override_settings(settings, {"sweep.space": space}))[2]
 
 
 def test_the_present_settings_come_first_and_no_two_trials_are_alike():
@@ -125,6 +125,18 @@ def test_what_cannot_be_tried_is_one_sentence_before_anything_runs(key, values, 
     assert refused.value.exit_code == 2
 
 
+def test_the_command_says_so_before_it_does_anything(tmp_path):
+    from click.testing import CliRunner
+
+    from jobs.cli import main
+
+    store = tmp_path / "store"
+    for command in (["sweep"], ["pipeline", "sweep.in_pipeline=true"]):
+        result = CliRunner().invoke(main, [*command, "--store", str(store), "sweep.space={loss.cost_clas: [1, 2]}"])
+        assert result.exit_code == 2 and "did you mean 'loss.cost_class'" in result.output
+    assert not store.exists()
+
+
 @pytest.mark.parametrize(
     ("told", "words"),
     [
@@ -197,13 +209,13 @@ def sums(monkeypatch):
 
 
 def try_all(folder: Path, settings: RunSettings, space: dict, tracked, at_once: int = 1) -> list[dict]:
-    space, present = check_space(settings, space)
+    space, present, trials = plan(override_settings(settings, {"sweep.space": space}))
     common = {
-        "settings": settings.model_dump(mode="json"), "space": {}, "present": present, "dataset": str(folder),
+        "settings": settings.model_dump(mode="json"), "present": present, "dataset": str(folder),
         "folder": str(folder), "tracker": {"uri": tracked.uri, "experiment": "x", "artifact_root": None},
         "run_id": "parent", "name": "sums", "devices": 2,
     }  # fmt: skip
-    module.run_trials(common, settings, space, _planned(space, present, settings), at_once)
+    module.run_trials(common, settings, space, trials, at_once)
     return module._rows(folder)
 
 
