@@ -30,7 +30,7 @@ from pipelines.settings import RunSettings, UserError, digest
 from pipelines.stage import write_json
 from pipelines.tracking import Tracker
 
-CHAMPION = "champion"
+CHAMPION, CHALLENGER = "champion", "challenger"  # aliases: the newest version is challenger until it is champion
 FILES = ("model.safetensors", "config.json")  # what makes a checkpoint, each with its digest as a tag
 PACKAGED = ("__init__.py", "detect.py")  # of pipelines/; the detector needs no more
 REQUIREMENTS = (
@@ -54,7 +54,7 @@ def register(
     dataset_digest: str,
     model_name: str,
 ) -> dict[str, Any]:
-    """Make the checkpoint a version of `model_name`, or find the version it already is.
+    """Make the checkpoint a version of `model_name`, or find the version it already is. A new one is its challenger.
 
     evaluation: what `evaluate` returned ("AP" and "split" of it), with "split_digest", the digest of that
     split's content. Returns {"name", "version", "uri", "run_id", "weights_sha256", "reused"}. Raises
@@ -95,6 +95,7 @@ def register(
             )
         except MlflowException as error:
             raise UserError(f"MLflow did not take a version of {model_name!r}: {error.message}") from error
+        client.set_registered_model_alias(model_name, CHALLENGER, made.version)
         return _registered(made, reused=False)
 
 
@@ -152,7 +153,10 @@ def promote(
         for key, value in tags.items():
             client.set_model_version_tag(model_name, version, key, value)
         if promoted:
-            _move_champion(tracker, model_name, version)
+            challenger = _alias(tracker, model_name, CHALLENGER)
+            if challenger and str(challenger.version) == version:
+                client.delete_registered_model_alias(model_name, CHALLENGER)
+            _move_champion(tracker, model_name, version)  # last: a crash leaves the old champion
     write_json(folder / "verdict.json", {"format": 1, "model": model_name, **verdict})
     return verdict
 

@@ -75,12 +75,17 @@ def failed(verdict: dict) -> list[str]:
     return [rule["rule"] for rule in verdict["rules"] if not rule["ok"]]
 
 
+def aliases(tracked, name) -> dict[str, str]:
+    return {k: str(v) for k, v in tracked.client().get_registered_model(name).aliases.items()}
+
+
 def test_a_first_champion_needs_only_the_floor(tracked, name, add, judge, tmp_path):
     version = add(b"one", 0.05)
     assert champion(tracked, name) is None
 
     refused = judge(version, scored(0.05))
     assert not refused["promoted"] and refused["champion"] is None
+    assert aliases(tracked, name) == {"challenger": version}
     assert refused["reason"] == f"Version 1 of {name} was refused: AP 0.0500 is below gate.min_ap 0.1."
     assert champion(tracked, name) is None
 
@@ -88,6 +93,7 @@ def test_a_first_champion_needs_only_the_floor(tracked, name, add, judge, tmp_pa
     assert accepted["promoted"] and accepted["previous"] is None
     assert champion(tracked, name)["version"] == version
     assert champion(tracked, name)["ap"] == 0.1
+    assert aliases(tracked, name) == {"champion": version}
     assert read_json(tmp_path / "promote" / "verdict.json")["reason"] == accepted["reason"]
 
 
