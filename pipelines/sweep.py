@@ -174,10 +174,10 @@ def ready_space(settings: RunSettings) -> dict[str, list[Any]]:
         space |= {key: around(_value(settings, key)) for key in TIED}
     if model.class_loss == "softmax":
         space["loss.eos_coef"] = around(loss.eos_coef)
-    elif loss.mal_gamma:
-        space["loss.mal_gamma"] = [1.0, 1.5, 2.0]
     else:
-        space["loss.focal_alpha"] = [0.25, 0.5, 0.75]
+        space["loss.focal_alpha"] = [loss.focal_alpha, 0.25, 0.5, 0.75]
+        if loss.mal_gamma:
+            space["loss.mal_gamma"] = [loss.mal_gamma, 1.0, 1.5, 2.0]
     space["train.lr"] = around(rates.lr)
     if rates.init_from or rates.backbone_weights:
         space["train.lr_backbone"] = around(rates.backbone_rate(trained=True))

@@ -52,6 +52,7 @@ def test_the_ready_space_is_around_the_present_settings_and_all_of_it_can_be_tra
     _, present = check_space(settings, space)
     assert all(present[key] in values for key, values in space.items())
     assert ("loss.cost_bbox" in space) is not tied
+    assert ("loss.focal_alpha" in space) is (preset == "tiny")
     assert ("loss.eos_coef" in space) is (preset == "detr_resnet50")
     assert ("model.denoising.groups" in space) is (preset == "tiny")
     drawn = random.Random(0)
