@@ -97,7 +97,7 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
             "format": FORMAT, "search": options.search, "scheduler": options.scheduler, "budget": options.budget,
             "validations": options.validations, "device": "GPU" if use_gpu else "CPU", "min_gain": options.min_gain,
             "space": {key: axis if isinstance(axis, list) else axis.model_dump() for key, axis in space.items()},
-            "present": present, "trials": rows, "best": best["number"],
+            "grace_period": options.grace_period, "present": present, "trials": rows, "best": best["number"],
         }  # fmt: skip
         for file in _leave(found, best, settings, folder):
             tracker.log_file(run_id, file)

@@ -102,7 +102,9 @@ def trial_figures(found: dict[str, Any], said: dict[str, Any]) -> dict[str, tupl
     if any(share is not None for share in said["importance"]["shares"].values()):
         figures["importance"] = _importance_figure(said["importance"]), "Importance of each setting"
     if said["ranking"]["cuts"]:
-        cut = said["ranking"]["cuts"][0]
+        cuts = said["ranking"]["cuts"]
+        grace = found.get("grace_period", 1)  # where the scheduler looks first
+        cut = next((cut for cut in cuts if cut["validation"] >= grace), cuts[-1])
         words = f"AP at the end against AP after {cut['validation']} of {found['validations']} validations"
         figures["ranking"] = _ranking_figure(found, cut), words
     trials, at = _compared(found)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from pipelines.trials import analyse, draw_trials, trials_table
+from pipelines.trials import analyse, draw_trials, trial_figures, trials_table
 
 SPACE = {"train.lr": [0.001, 0.002, 0.004], "loss.loss_bbox": {"low": 1.0, "high": 10.0, "log": True}}
 PRESENT = {"train.lr": 0.002, "loss.loss_bbox": 5.0}
@@ -69,6 +69,13 @@ def test_the_setting_that_decides_is_the_important_one():
     assert "These shares are a hint: 16 trials for 2 settings" in text
     assert "a hint" not in said(decided_by_rate(20))[1]
     assert analyse(decided_by_rate(16)) == analyse(decided_by_rate(16))
+
+
+def test_the_picture_of_a_cut_is_of_the_one_the_scheduler_makes_first():
+    found = decided_by_rate(16) | {"grace_period": 2}
+    assert "after 2 of 4" in trial_figures(found, analyse(found))["ranking"][1]
+    del found["grace_period"]
+    assert "after 1 of 4" in trial_figures(found, analyse(found))["ranking"][1]
 
 
 def test_a_logarithmic_range_can_be_the_important_one():
