@@ -1,9 +1,11 @@
 """Progress a person can read, on stderr; stdout belongs to results."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -56,6 +58,19 @@ def progress(**options) -> Progress:
         console=console,
         **options,
     )
+
+
+@contextmanager
+def alongside(show: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """Run show(stop, *arguments) in a thread while the block runs; it is to end soon after the event `stop` is set."""
+    stop = threading.Event()
+    thread = threading.Thread(target=show, args=(stop, *arguments), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

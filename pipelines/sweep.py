@@ -22,7 +22,7 @@ from filelock import FileLock
 from joblib import cpu_count
 
 from pipelines.fit import fit_to_data
-from pipelines.progress import console, progress
+from pipelines.progress import alongside, console, progress
 from pipelines.settings import SAME_MODEL, Axis, Range, RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, write_json
 from pipelines.tracking import Tracker
@@ -85,7 +85,7 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     }  # fmt: skip
     status = "FAILED"
     try:
-        with Follower(folder, number, tracker):
+        with alongside(follow, folder, number, tracker):
             run_trials(common, settings, space, trials, tried_at_once)
         rows = _rows(folder)
         if len(rows) < number and trials is None:
@@ -199,6 +199,8 @@ def check_space(settings: RunSettings, space: dict[str, Axis]) -> tuple[dict[str
     for key, values in space.items():
         tries = values if isinstance(values, list) else [values.low, values.high]
         found = [_value(override_settings(settings, {key: value}), key) for value in tries]
+        if key == "model.preset":  # it becomes other settings, and none of its own
+            found = tries
         present[key] = _value(settings, key)
         if isinstance(present[key], dict):
             raise UserError(f"{key!r} in sweep.space is a group of settings; name one of {', '.join(present[key])}.", 2)
@@ -269,14 +271,14 @@ def run_trials(
     """Let Tune do the trials, or Optuna's where they are None; each leaves its row in its folder."""
     from ray import tune
 
-    present, number = common["present"], settings.sweep.trials
-    if trials is not None:
-        return _tune(common, settings, at_once, param_space={"values": tune.grid_search(trials)})
     # The present settings may not be in the space that Optuna is to search; so they are tried without it.
-    _tune(common, settings, at_once, param_space={"values": tune.grid_search([present])})
+    listed = [common["present"]] if trials is None else trials
+    _tune(common, settings, at_once, param_space={"values": tune.grid_search(listed)})
+    if trials is not None:
+        return
     tried = [row["values"] for row in _started(Path(common["folder"]))]
     inside = [values for values in tried if all(contains(axis, values[key]) for key, axis in space.items())]
-    number -= len(tried) - len(inside)
+    number = settings.sweep.trials - (len(tried) - len(inside))
     if number > 0:
         search = _optuna_search(space, inside, settings.seed + len(tried))
         _tune(common, settings, at_once, search_alg=search, num_samples=number)
@@ -439,7 +441,8 @@ def _notes(common: dict[str, Any]):
             place, sweep = _place(common, trial), common["settings"]["sweep"]
             row = _row(place, common)
             if row["run_id"]:
-                why = error or f"by {sweep['scheduler']} after validation {len(row['curve'])} of {sweep['validations']}"
+                reached = row["curve"][-1]["validation"] if row["curve"] else 0
+                why = error or f"by {sweep['scheduler']} after validation {reached} of {sweep['validations']}"
                 Tracker(**common["tracker"]).end_training(row["run_id"], run_status, {f"detr.{status}": why})
             _end(place, common, status, error, again=status == "failed")
 
@@ -534,61 +537,48 @@ def _check_state_api() -> None:
         ) from error
 
 
-class Follower:
-    """Shows how far a sweep is, on stderr, by what its trials leave in their folders."""
+def follow(stop: threading.Event, folder: Path, number: int, tracker: Tracker) -> None:
+    """Show how far a sweep of so many trials is, on stderr, by what they leave in their folders.
 
-    def __init__(self, folder: Path, number: int, tracker: Tracker):
-        self.folder, self.number, self.tracker = folder, number, tracker
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
+    MLflow runs of trials that go on are watched, so that they are closed with those of this process when it is stopped.
+    """
+    said = {row["number"] for row in _rows(folder)}
+    with progress() as bar:
+        task = bar.add_task("sweep", total=number, note="starting")
+        began, first = time.monotonic(), None
+        done = False
+        while not done:
+            done = stop.wait(2.0)
+            rows = _rows(folder)
+            for row in rows:
+                if row["number"] not in said:
+                    said.add(row["number"])
+                    console.print(f"  trial {len(said)} of {number}, {_ended_words(row)}")
+            running = []
+            for place in (file.parent for file in folder.glob(f"trials/*/{TRIED}")):
+                runs = not (place / TRIAL).is_file()
+                if (place / "run.json").is_file():
+                    tracker.watch_run(read_json(place / "run.json")["run_id"], runs)
+                if runs:
+                    running.append(_share(place))
+            share = len(rows) + sum(running)
+            first = share if first is None else first
+            left = (time.monotonic() - began) / (share - first) * (number - share) if share > first else None
+            best = max((row["AP"] for row in rows if row["AP"] is not None), default=None)
+            note = f"{len(running)} running" + (f", best AP {best:.3f}" if best is not None else "")
+            bar.update(task, completed=share, note=note, left=left)
 
-    def __enter__(self) -> None:
-        self.ended = {row["number"] for row in _rows(self.folder)}
-        self.thread.start()
 
-    def __exit__(self, *error) -> None:
-        self.stop.set()
-        self.thread.join()
+def _ended_words(row: dict[str, Any]) -> str:
+    how = {"finished": "AP {AP:.4f}", "stopped": "stopped at AP {AP:.4f}", "failed": "failed"}[row["status"]]
+    why = f" ({row['error']})" if row["error"] else ""
+    return f"{how.format(AP=row['AP'] or 0.0)} after {row['seconds']:.0f} s: {_in_words(row['changes'])}{why}"
 
-    def _follow(self) -> None:
-        with progress() as bar:
-            task = bar.add_task("sweep", total=self.number, note="starting")
-            began, first = time.monotonic(), None
-            done = False
-            while not done:
-                done = self.stop.wait(2.0)
-                rows = _rows(self.folder)
-                for row in rows:
-                    if row["number"] not in self.ended:
-                        self.ended.add(row["number"])
-                        console.print(f"  trial {len(self.ended)} of {self.number}, {self._words(row)}")
-                running = []
-                for place in (file.parent for file in self.folder.glob(f"trials/*/{TRIED}")):
-                    runs = not (place / TRIAL).is_file()
-                    if (place / "run.json").is_file():
-                        self.tracker.watch_run(read_json(place / "run.json")["run_id"], runs)
-                    if runs:
-                        running.append(self._share(place))
-                share = len(rows) + sum(running)
-                first = share if first is None else first
-                left = None
-                if share > first:
-                    left = (time.monotonic() - began) / (share - first) * (self.number - share)
-                best = max((row["AP"] for row in rows if row["AP"] is not None), default=None)
-                note = f"{len(running)} running" + (f", best AP {best:.3f}" if best is not None else "")
-                bar.update(task, completed=share, note=note, left=left)
 
-    def _words(self, row: dict[str, Any]) -> str:
-        how = {"finished": "AP {AP:.4f}", "stopped": "stopped at AP {AP:.4f}", "failed": "failed"}[row["status"]]
-        how = how.format(AP=row["AP"] or 0.0)
-        return f"{how} after {row['seconds']:.0f} s: {_in_words(row['changes'])}" + (
-            f" ({row['error']})" if row["error"] else ""
-        )
-
-    @staticmethod
-    def _share(place: Path) -> float:
-        shares = [record["share"] or 0.0 for record in read_progress(place / PROGRESS) if record["event"] == "step"]
-        return shares[-1] if shares else 0.0
+def _share(place: Path) -> float:
+    """Of a trial's time, what is over."""
+    shares = [record["share"] or 0.0 for record in read_progress(place / PROGRESS) if record["event"] == "step"]
+    return shares[-1] if shares else 0.0
 
 
 def _value(settings: RunSettings, key: str) -> Any:

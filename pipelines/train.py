@@ -39,13 +39,13 @@ from pipelines.budget import Budget, lr_factor
 from pipelines.detect import Detector
 from pipelines.feed import Arrivals, first_model, open_feed
 from pipelines.fit import fit_to_data
-from pipelines.progress import console
+from pipelines.progress import alongside, console
 from pipelines.settings import RunSettings, TrainSettings, UserError, digest, override_settings
 from pipelines.shards import flat_values, read_split
 from pipelines.stage import read_json, write_json
 from pipelines.storage import WORKING, WholeFiles, fetch, filesystem, locate
 from pipelines.tracking import Tracker, code_version, environment
-from pipelines.training_log import LOG_EVERY, PROGRESS, Follower, TrainingLog, read_history
+from pipelines.training_log import LOG_EVERY, PROGRESS, TrainingLog, follow, read_history
 from pipelines.training_state import (
     MODEL,
     Diverged,
@@ -155,7 +155,7 @@ def train(
                 ray_remote_kwargs={"num_cpus": 1, "num_gpus": int(use_gpu), "max_retries": 3},
             ) if beside else None,
         )  # fmt: skip
-        with Follower(folder / PROGRESS, name):
+        with alongside(follow, folder / PROGRESS):
             result = trainer.fit()
         if (folder / FAILED).is_file():
             raise _said(folder)
@@ -391,8 +391,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                             log.validation(step, metrics, some, budget.state["validations"])
                     _keep(rank, model, ema, optimizer, state, metrics, dataset, settings, due and config["beside"])
                     kept = time.monotonic()
-    log.ask_from = 0.0
-    log.send()
+    log.finish()
     return {
         "steps": state["step"],
         "epochs": round(state["step"] / feed.steps_per_epoch(), 2),

@@ -142,6 +142,11 @@ class TrainingLog:
                 return
             self.unsent.pop(0)
 
+    def finish(self) -> None:
+        """Once more at the end, without waiting for a server that was away."""
+        self.ask_from = 0.0
+        self.send()
+
     def _to_mlflow(self, work: Callable[[], None]) -> bool:
         """Whether MLflow took it; what is wrong is said once, until it answers again."""
         from mlflow.exceptions import MlflowException
@@ -184,60 +189,44 @@ def read_history(path: Path) -> dict[str, Any]:
     }
 
 
-class Follower:
-    """Shows a progress file on stderr while the training runs elsewhere."""
-
-    def __init__(self, path: Path, name: str):
-        self.path, self.name = path, name
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        self.seen = sum(1 for _ in read_progress(self.path))
-        self.thread.start()
-
-    def __exit__(self, *error) -> None:
-        self.stop.set()
-        self.thread.join()
-
-    def _follow(self) -> None:
-        with progress() as bar:
-            task = bar.add_task("train", total=None, note="starting")
-            ap, done, began = "", False, None
-            while not done:
-                done = self.stop.wait(1.0)
-                records = list(read_progress(self.path))
-                for record in records[self.seen :]:
-                    if record["event"] == "start":
-                        began = None
-                        went_on = f", going on from step {record['step']}" if record["step"] else ""
-                        console.print(
-                            f"Training {record['trainable'] / 1e6:.1f} M of {record['parameters'] / 1e6:.1f} M "
-                            f"parameters on {record['epoch_images']} images, {record['workers']} worker(s){went_on}."
-                        )
-                        for message in record["messages"]:
-                            console.print(f"  {message}")
-                        bar.update(task, completed=record["step"])
-                    elif record["event"] == "message":
-                        console.print(f"  {record['text']}")
-                    elif record["event"] == "validation":
-                        ap = f"AP {record['AP']:.3f}  "
-                        console.print(
-                            f"  step {record['step']}: AP {record['AP']:.3f}, AP50 {record['AP50']:.3f} on val"
-                        )
-                    elif record["event"] == "step":
-                        note = f"{ap}epoch {record['epoch']:.1f}, loss {record['loss']:.2f}, "
-                        note += f"{record['images_per_second']:.0f} images/s"
-                        if "gpu_memory_gb" in record:
-                            note += f", {record['gpu_memory_gb']:.1f} GB"
-                        left, share = None, record["share"]
-                        if share is not None:  # by the share: steps may get slower
-                            began = began or (time.monotonic(), share)
-                            if share > began[1]:
-                                left = (time.monotonic() - began[0]) / (share - began[1]) * (1 - share)
-                        bar.update(task, completed=record["step"], total=record["steps"], note=note, left=left)
-                        if not console.is_terminal and record["step"] % (5 * LOG_EVERY) == 0:
-                            of = f" of {record['steps']}" if record["steps"] else ""
-                            still = f", {duration(left)} left" if left is not None else ""
-                            console.print(f"  step {record['step']}{of}: {note}{still}")
-                self.seen = len(records)
+def follow(stop: threading.Event, path: Path) -> None:
+    """Show what comes to a progress file on stderr, while the training runs elsewhere."""
+    seen = sum(1 for _ in read_progress(path))
+    with progress() as bar:
+        task = bar.add_task("train", total=None, note="starting")
+        ap, done, began = "", False, None
+        while not done:
+            done = stop.wait(1.0)
+            records = list(read_progress(path))
+            for record in records[seen:]:
+                if record["event"] == "start":
+                    began = None
+                    went_on = f", going on from step {record['step']}" if record["step"] else ""
+                    console.print(
+                        f"Training {record['trainable'] / 1e6:.1f} M of {record['parameters'] / 1e6:.1f} M "
+                        f"parameters on {record['epoch_images']} images, {record['workers']} worker(s){went_on}."
+                    )
+                    for message in record["messages"]:
+                        console.print(f"  {message}")
+                    bar.update(task, completed=record["step"])
+                elif record["event"] == "message":
+                    console.print(f"  {record['text']}")
+                elif record["event"] == "validation":
+                    ap = f"AP {record['AP']:.3f}  "
+                    console.print(f"  step {record['step']}: AP {record['AP']:.3f}, AP50 {record['AP50']:.3f} on val")
+                elif record["event"] == "step":
+                    note = f"{ap}epoch {record['epoch']:.1f}, loss {record['loss']:.2f}, "
+                    note += f"{record['images_per_second']:.0f} images/s"
+                    if "gpu_memory_gb" in record:
+                        note += f", {record['gpu_memory_gb']:.1f} GB"
+                    left, share = None, record["share"]
+                    if share is not None:  # by the share: steps may get slower
+                        began = began or (time.monotonic(), share)
+                        if share > began[1]:
+                            left = (time.monotonic() - began[0]) / (share - began[1]) * (1 - share)
+                    bar.update(task, completed=record["step"], total=record["steps"], note=note, left=left)
+                    if not console.is_terminal and record["step"] % (5 * LOG_EVERY) == 0:
+                        of = f" of {record['steps']}" if record["steps"] else ""
+                        still = f", {duration(left)} left" if left is not None else ""
+                        console.print(f"  step {record['step']}{of}: {note}{still}")
+            seen = len(records)

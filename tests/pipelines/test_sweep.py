@@ -94,6 +94,15 @@ def test_values_are_what_the_setting_makes_of_them():
     assert not space["loss.loss_giou"].is_whole() and space["model.num_queries"].is_whole()
 
 
+def test_presets_can_be_swept():
+    """A preset stands for other settings and leaves none of its own to read."""
+    settings = settings_with(sweep__space={"model.preset": ["small", "base"], "train.lr": [1e-3]}, sweep__trials=9)
+    _, present, trials = plan(settings)
+    changes = [settings_of(settings, trial, present) for trial in trials[1:]]
+    assert {change["model.preset"] for change in changes} == {"small", "base"}
+    assert {override_settings(settings, change).model.hidden_dim for change in changes} == {192, 256}
+
+
 def test_a_grid_is_tried_whole_or_refused():
     space = {"loss.cost_class": [1.0, 2.0, 3.0], "train.lr": [1e-3, 2e-3]}
     trials = planned(settings_with(sweep__search="grid"), space)
