@@ -16,6 +16,8 @@ COMMANDS = {
     "evaluate": "Measure a checkpoint: the COCO numbers, AP per class.",
     "register": "Put a checkpoint into the MLflow registry.",
     "promote": "Make a version champion if it passes the gate.",
+    "rollback": "Give the title back to the champion before this one.",
+    "history": "Every verdict on a model, and every move of its champion.",
     "predict": "Detect on one image, a folder, a bucket prefix or a list.",
     "explain": "Draw where the model looks in one image, and each query over many.",
     "export": "Write a model as torch.export and ONNX files, checked against the model.",

@@ -9,9 +9,13 @@ from jobs.common import GATE_REFUSED, job, ray_session
 
 
 @click.option("--version", metavar="N", help="By default the newest version.")
-@job("detr promote --version 2")
-def main(settings, store: Path, version: str | None) -> dict:
-    """Make a version champion if it beats the present one on the same data; exit code 3 and a reason if not."""
+@click.option("--why", default="", metavar="TEXT", help="Kept with the verdict.")
+@job("detr promote --version 2 --why 'more night images'")
+def main(settings, store: Path, version: str | None, why: str) -> dict:
+    """Make a version champion if it passes the gate; exit code 3 and the reasons if not.
+
+    It is measured beside the present champion on the same validation images; the settings gate.… say what it must show.
+    """
     from pipelines.registry import newest_version, registered_name
     from pipelines.tracking import tracker
     from pipelines.workflow import download_model, evaluate_stage, ingest_stage, promote_stage
@@ -22,8 +26,10 @@ def main(settings, store: Path, version: str | None) -> dict:
         version = version or newest_version(tracker(settings, store, data["result"]["name"]), name)
         place, _, _ = download_model(settings, store, data, f"models:/{name}/{version}")
         evaluation = evaluate_stage(settings, store, data, place, "val")
-        result = promote_stage(settings, store, data, version, evaluation)["result"]
-    return {**result, "exit_code": 0 if result["promoted"] else GATE_REFUSED, "text": result["reason"]}
+        result = promote_stage(settings, store, data, version, evaluation, why)["result"]
+    lines = [f"{'yes' if rule['ok'] else 'NO ':<4} {rule['rule']}: {rule['words']}" for rule in result["rules"]]
+    text = "\n".join([*lines, result["reason"]])
+    return {**result, "exit_code": 0 if result["promoted"] else GATE_REFUSED, "text": text}
 
 
 if __name__ == "__main__":

@@ -1,42 +1,36 @@
 """The registry: versions of a detector, the gate a version must pass to become champion, and the way back.
 
-A version is its weights, its label map and the code that runs them; tags on it say what it scored, on
-which data, and every verdict on it. The alias `champion` is moved last, so that a crash leaves the old
-champion standing.
+A version is its weights, its label map and thresholds, and the code that runs them; tags on it say what it scored, on
+which data, and every verdict on it. What moves the alias `champion` is in the model's ledger first (`pipelines.ledger`)
+and done last, so that a crash leaves the old champion standing, and the next one who asks knows what happened.
 """
-
 from __future__ import annotations
 
-import getpass
 import hashlib
-import json
-import math
 import re
 import shutil
 import tempfile
-import time
-import uuid
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
-
+from pipelines.gate import TRAINED_ON, judge, missing_classes
+from pipelines.ledger import TAG, Ledger, short_json, who
 from pipelines.settings import RunSettings, UserError, digest
-from pipelines.stage import write_json
-from pipelines.tracking import Tracker
+from pipelines.stage import read_json, write_json
+from pipelines.tracking import MAX_TAG, Tracker
 
 CHAMPION, CHALLENGER = "champion", "challenger"  # aliases: the newest version is challenger until it is champion
-FILES = ("model.safetensors", "config.json")  # what makes a checkpoint, each with its digest as a tag
+FILES = ("model.safetensors", "config.json")  # what makes a checkpoint; these and TRAINED_ON have their digest as a tag
 PACKAGED = ("__init__.py", "detect.py")  # of pipelines/; the detector needs no more
 REQUIREMENTS = (
     "mlflow", "torch", "torchvision", "scipy", "safetensors", "pydantic", "pillow", "numpy", "pandas",
 )  # fmt: skip
-LEASE_SECONDS = 300
+OBJECTS = 30  # of a class in the split; with fewer, its best threshold says little and the overall one is taken
+TRIES = 20  # of a promotion, while others move the champion
 
 
 def registered_name(settings: RunSettings, dataset_name: str) -> str:
@@ -56,38 +50,44 @@ def register(
 ) -> dict[str, Any]:
     """Make the checkpoint a version of `model_name`, or find the version it already is. A new one is its challenger.
 
-    evaluation: what `evaluate` returned ("AP" and "split" of it), with "split_digest", the digest of that
-    split's content. Returns {"name", "version", "uri", "run_id", "weights_sha256", "reused"}. Raises
+    evaluation: what `evaluate` returned; the thresholds of its best F1, overall and of each class that has enough
+    objects, become the model's own. Returns {"name", "version", "uri", "run_id", "weights_sha256", "reused"}. Raises
     UserError if the folder is no checkpoint.
     """
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
     client = tracker.client()
-    checkpoint = Path(checkpoint)
-    sums = _checksums(checkpoint)
-    categories = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["categories"]
-    with _lease(tracker, model_name, create=True):
-        same = [f"name = '{model_name}'", *(f"tags.`{key}` = '{value}'" for key, value in sums.items())]
-        known = client.search_model_versions(" and ".join(same), max_results=1)
+    ledger = Ledger(tracker, model_name)
+    with tempfile.TemporaryDirectory(prefix="detr-model-") as place:
+        files = Path(place) / "checkpoint"
+        _checksums(Path(checkpoint))  # says what is missing
+        shutil.copytree(checkpoint, files, ignore=shutil.ignore_patterns("__pycache__"))
+        config = read_json(files / "config.json")
+        write_json(files / "config.json", {**config, **_thresholds(evaluation)})
+        sums = _checksums(files)
+        known = _same_version(client, model_name, sums)
         if known:
-            return _registered(known[0], reused=True)
+            return _registered(known, reused=True)
         tags = {
             **sums,
             **_evaluation_tags(evaluation),
             "dataset_digest": dataset_digest,
-            "label_map": digest(categories),
-            "classes": str(len(categories)),
+            "label_map": digest(config["categories"]),
+            "classes": str(len(config["categories"])),
             "run_id": run_id,
         }
         logged = client.create_logged_model(
             tracker.experiment_id(), name=model_name, source_run_id=run_id, tags=tags, model_type="detector"
         )
-        with tempfile.TemporaryDirectory(prefix="detr-model-") as place:
-            package = _package(Path(place), checkpoint, run_id, logged)
-            client.log_model_artifacts(logged.model_id, str(package))
-        client.finalize_logged_model(logged.model_id, "READY")
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        package = _package(Path(place), files, run_id, logged)
+        client.log_model_artifacts(logged.model_id, str(package))
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    with ledger.lease():  # not while files go up, which may take long
+        known = _same_version(client, model_name, sums)
+        if known:
+            return _registered(known, reused=True)
         try:
             # By place: MLflow resolves models:/… sources with the process's global tracking URI.
             made = client.create_model_version(
@@ -96,7 +96,7 @@ def register(
         except MlflowException as error:
             raise UserError(f"MLflow did not take a version of {model_name!r}: {error.message}") from error
         client.set_registered_model_alias(model_name, CHALLENGER, made.version)
-        return _registered(made, reused=False)
+    return _registered(made, reused=False)
 
 
 def champion(tracker: Tracker, model_name: str) -> dict[str, Any] | None:
@@ -119,69 +119,133 @@ def promote(
     model_name: str,
     version: str,
     evaluation: dict[str, Any],
+    compare: Callable[[Path], dict[str, Any]],
     folder: Path,
+    models: Path,
+    why: str = "",
 ) -> dict[str, Any]:
     """Make a version champion if it passes the gate.
 
-    evaluation: as for `register`, measured now; the champion's is the one kept with its version.
-    folder: gets `verdict.json`. Returns {"promoted", "reason", "version", "previous", "champion", "rules":
-    [{"rule", "ok", "figure", "limit"}, ...]}; the same verdict is kept as tags on the version, whether it
-    passed or not. A standing champion stays champion, and takes on the new evaluation. Raises UserError if
-    there is no such version, or somebody else holds the registry.
+    evaluation: what `evaluate` found now, with "data" (see `gate.judge`). compare: called with the checkpoint of a
+    champion that is another version; measures that on the same images and returns `compare_evaluations` of it and of
+    this version, with "split_digest"; nobody is kept waiting meanwhile. folder: gets `verdict.json`; models: where
+    champions' files are kept, as for `download`. why: in the asker's words, kept.
+
+    Returns {"promoted", "reason", "version", "previous", "champion", "rules", "comparison", "who", "when", "why"}; the
+    same is kept with the version (tags, and an artifact of the ledger's run) whether it passed or not. A standing
+    champion stays champion, and takes on the new evaluation. Raises UserError if there is no such version, or somebody
+    else holds the registry.
     """
     client = tracker.client()
     version = str(version)
     folder = Path(folder)
-    candidate = _info(_version(tracker, model_name, version))
-    new = _evaluation_tags(evaluation)
-    with _lease(tracker, model_name):
-        standing = champion(tracker, model_name)
-        rules = _gate(settings, evaluation, candidate, standing)
-        rules.append(_weights_rule(tracker, model_name, version, folder))
-        promoted = all(rule["ok"] for rule in rules)
-        verdict = {
-            "promoted": promoted,
-            "reason": _reason(model_name, version, evaluation, standing, rules),
-            "version": version,
-            "previous": standing["version"] if standing else None,
-            "champion": version if promoted else standing["version"] if standing else None,
-            "rules": rules,
-        }
-        tags = new | _verdict_tags("promoted" if promoted else "refused", verdict)
-        if promoted and not (standing and standing["version"] == version):
-            tags["previous_champion"] = standing["version"] if standing else ""
-        for key, value in tags.items():
-            client.set_model_version_tag(model_name, version, key, value)
-        if promoted:
-            challenger = _alias(tracker, model_name, CHALLENGER)
-            if challenger and str(challenger.version) == version:
-                client.delete_registered_model_alias(model_name, CHALLENGER)
-            _move_champion(tracker, model_name, version)  # last: a crash leaves the old champion
-    write_json(folder / "verdict.json", {"format": 1, "model": model_name, **verdict})
-    return verdict
+    tags = dict(_version(tracker, model_name, version).tags)
+    ledger = Ledger(tracker, model_name)
+    with tempfile.TemporaryDirectory(prefix="detr-candidate-") as temporary:  # not a copy fetched earlier
+        candidate = _examine(tracker, model_name, version, Path(temporary))
+    candidate["rolled_back"] = tags.get("rolled_back")
+    for _ in range(TRIES):
+        standing = _Standing(tracker, ledger)
+        other, comparison = None, None
+        if standing.version not in (None, version):
+            other = {"version": standing.version, "problem": standing.problem, "categories": []}
+            if other["problem"] is None:
+                other |= _examine(tracker, model_name, standing.version, models)
+            if other["problem"] is None and not missing_classes(other["categories"], candidate["categories"]):
+                comparison = compare(other["place"])
+        with ledger.lease():
+            now = _Standing(tracker, ledger)
+            if (now.version, now.problem) != (standing.version, standing.problem):
+                continue  # the champion was moved meanwhile: measure against the new one
+            now.settle()
+            rules = judge(settings.gate, evaluation, candidate, other, comparison)
+            promoted = all(rule["ok"] for rule in rules)
+            verdict = {
+                "promoted": promoted,
+                "reason": _reason(model_name, version, evaluation, now.version, rules),
+                "version": version,
+                "previous": now.version,
+                "champion": version if promoted else now.version if now.problem is None else None,
+                "rules": rules,
+                "comparison": comparison,
+                "who": who(),
+                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+                "why": why,
+            }
+            moves = promoted and now.alias != version
+            facts = {"version": version, "reason": verdict["reason"], "why": why}
+            if moves:
+                facts |= {"how": "promoted", "to": version, "from": now.version}
+            else:
+                facts |= {"outcome": "promoted" if promoted else "refused"}
+            number = ledger.write("move" if moves else "verdict", **facts)["number"]
+            client.log_dict(ledger.run_id, verdict, f"verdicts/{number:06d}-version-{version}.json")
+            for key, value in (_evaluation_tags(evaluation) | _verdict_tags(verdict)).items():
+                client.set_model_version_tag(model_name, version, key, value)
+            if moves:
+                _move_champion(tracker, ledger, version)  # a crash before this leaves the old champion
+                challenger = _alias(tracker, model_name, CHALLENGER)
+                if challenger and str(challenger.version) == version:
+                    client.delete_registered_model_alias(model_name, CHALLENGER)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "verdict.json", {"format": 2, "model": model_name, **verdict})
+        return verdict
+    raise UserError(f"The champion of {model_name!r} was moved {TRIES} times meanwhile; try again.")
 
 
 def rollback(tracker: Tracker, model_name: str, why: str) -> dict[str, Any]:
-    """Give the alias back to the champion before this one.
+    """Give the alias back to the champion before this one that still exists.
 
-    Returns {"version", "previous", "reason"}; kept as tags on the version that lost the alias, which the
-    gate refuses from then on. Raises UserError if there is no champion or it followed none.
+    Where the champion's version was deleted and there is none before it, that is acknowledged: the next version that
+    passes is a first champion. Returns {"version" (or None), "previous", "reason"}; the version that lost the alias
+    gets the tag rolled_back, and the gate refuses it from then on. Raises UserError if there is no champion or it
+    followed none.
     """
     client = tracker.client()
-    with _lease(tracker, model_name):
-        standing = champion(tracker, model_name)
-        if standing is None:
+    _model(tracker, model_name)
+    ledger = Ledger(tracker, model_name)
+    with ledger.lease():
+        standing = _Standing(tracker, ledger)
+        if standing.version is None:
             raise UserError(f"Model {model_name!r} has no champion to roll back.", 2)
-        before = standing["tags"].get("previous_champion")
-        if not before:
-            raise UserError(f"Version {standing['version']} of {model_name!r} was the first champion.", 2)
-        _version(tracker, model_name, before)
-        result = {"version": before, "previous": standing["version"], "reason": why}
-        tags = _verdict_tags("rolled back", result) | {"rolled_back": why[:1000]}
-        for key, value in tags.items():
-            client.set_model_version_tag(model_name, standing["version"], key, value)
-        _move_champion(tracker, model_name, before)
-    return result
+        before = next((v for v in reversed(standing.champions[:-1]) if _exists(tracker, model_name, v)), None)
+        if before is None and standing.problem is None:
+            raise UserError(f"Version {standing.version} of {model_name!r} was the first champion.", 2)
+        standing.settle()
+        ledger.write("move", how="rolled back", to=before, **{"from": standing.version}, why=why)
+        if _exists(tracker, model_name, standing.version):
+            client.set_model_version_tag(model_name, standing.version, "rolled_back", why[:1000])
+        _move_champion(tracker, ledger, before)
+    return {"version": before, "previous": standing.version, "reason": why}
+
+
+def history(tracker: Tracker, model_name: str) -> list[dict[str, Any]]:
+    """Every verdict and every move of the champion, the oldest first.
+
+    [{"when", "who", "what", "version", "from", "why", "reason"}]; what: "promoted" (the alias moved, or stayed),
+    "refused", "rolled back", "found" (somebody else had moved the alias), or "abandoned": its process was killed before
+    the alias moved. Raises UserError if there is no such model.
+    """
+    if TAG not in _model(tracker, model_name).tags:
+        return []
+    entries = Ledger(tracker, model_name).entries()
+    outcomes = _outcomes(tracker, model_name, entries)
+    rows = []
+    for entry in entries:
+        if entry["kind"] not in ("move", "verdict"):
+            continue
+        moved = entry["kind"] == "move"
+        what = entry["how" if moved else "outcome"]
+        if moved and outcomes[entry["number"]] == "abandoned":
+            what = "abandoned"
+        rows.append(
+            {
+                "when": entry["when"], "who": entry["who"], "what": what,
+                "version": entry["to"] if moved else entry["version"], "from": entry.get("from"),
+                "why": entry.get("why", ""), "reason": entry.get("reason", ""),
+            }
+        )  # fmt: skip
+    return rows
 
 
 def download(tracker: Tracker, model_uri: str, folder: Path) -> tuple[Path, str, str]:
@@ -207,12 +271,13 @@ def download(tracker: Tracker, model_uri: str, folder: Path) -> tuple[Path, str,
     else:
         found = _version(tracker, name, number)
     place = _fetch(tracker, found, Path(folder))
-    for key, value in _checksums(place).items():
-        if found.tags.get(key) != value:
+    sums = _checksums(place)
+    for key in sorted({*sums, *(key for key in found.tags if key.endswith("_sha256"))}):
+        if found.tags.get(key) != sums.get(key):
             shutil.rmtree(place)  # so that the next attempt fetches anew
             raise UserError(
                 f"{key.removesuffix('_sha256')} of {name!r} version {found.version} is not what was "
-                f"registered (sha256 {value[:12]}… instead of {str(found.tags.get(key))[:12]}…); "
+                f"registered (sha256 {str(sums.get(key))[:12]}… instead of {str(found.tags.get(key))[:12]}…); "
                 "register the checkpoint again."
             )
     return place, name, str(found.version)
@@ -233,7 +298,6 @@ def _package(place: Path, checkpoint: Path, run_id: str, logged) -> Path:
     for name in PACKAGED:
         shutil.copy2(sources / name, place / "pipelines" / name)
     shutil.copy2(sources / "registered_model.py", place)
-    shutil.copytree(checkpoint, place / "checkpoint", ignore=skip)
     signature = ModelSignature(
         inputs=Schema([ColSpec("binary", "image", required=False), ColSpec("string", "path", required=False)]),
         outputs=Schema(
@@ -257,7 +321,7 @@ def _package(place: Path, checkpoint: Path, run_id: str, logged) -> Path:
         mlflow.pyfunc.save_model(
             path=str(package),
             python_model=str(place / "registered_model.py"),
-            artifacts={"checkpoint": str(place / "checkpoint")},
+            artifacts={"checkpoint": str(checkpoint)},
             code_paths=[str(place / "detr"), str(place / "pipelines")],
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in REQUIREMENTS],
             signature=signature,
@@ -274,10 +338,12 @@ def _package(place: Path, checkpoint: Path, run_id: str, logged) -> Path:
 
 
 def _checksums(checkpoint: Path) -> dict[str, str]:
-    """{"model.safetensors_sha256": hex, "config.json_sha256": hex}; UserError if a file is missing."""
+    """{"model.safetensors_sha256": hex, "config.json_sha256": hex, …}; UserError if a file is missing."""
     sums = {}
-    for name in FILES:
+    for name in (*FILES, TRAINED_ON):
         path = checkpoint / name
+        if name == TRAINED_ON and not path.is_file():  # of a checkpoint from elsewhere
+            continue
         if not path.is_file():
             raise UserError(f"{checkpoint} is no checkpoint folder: it has no {name}.", 2)
         with path.open("rb") as stream:
@@ -323,112 +389,153 @@ def _ap(evaluation: dict[str, Any]) -> float:
     return float("nan") if evaluation["AP"] is None else float(evaluation["AP"])
 
 
-def _gate(
-    settings: RunSettings, evaluation: dict[str, Any], candidate: dict[str, Any], standing: dict[str, Any] | None
-) -> list[dict[str, Any]]:
-    """The rules, each with what was found and what was asked."""
-    gate = settings.gate
-    ap = _ap(evaluation)
-    figure = round(ap, 6) if math.isfinite(ap) else None
-    rules = [{"rule": "AP reaches the floor", "ok": ap >= gate.min_ap, "figure": figure, "limit": gate.min_ap}]
-    if "rolled_back" in candidate["tags"]:  # otherwise the next scheduled run would bring it back
-        why = candidate["tags"]["rolled_back"]
-        rules.append({"rule": "was not rolled back", "ok": False, "figure": why, "limit": None})
-    if standing is None or standing["version"] == candidate["version"]:
-        return rules
-    same_data = str(evaluation["split_digest"]) == standing["split_digest"]
-    rules += [
-        {
-            "rule": "measured on the champion's data",
-            "ok": same_data,
-            "figure": str(evaluation["split_digest"])[:12],
-            "limit": str(standing["split_digest"])[:12],
-        },
-        {
-            "rule": "has the champion's label map",
-            "ok": candidate["label_map"] == standing["label_map"],
-            "figure": candidate["label_map"],
-            "limit": standing["label_map"],
-        },
-    ]
-    if same_data:  # otherwise the two numbers cannot be compared
-        limit = standing["ap"] + gate.margin
-        rules.append(
-            {"rule": "AP is above the champion's", "ok": ap > limit, "figure": figure, "limit": round(limit, 6)}
-        )
-    return rules
-
-
-def _weights_rule(tracker: Tracker, name: str, version: str, folder: Path) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".candidate-") as temporary:
-        try:
-            download(tracker, f"models:/{name}/{version}", Path(temporary))
-            found = "as registered"
-        except UserError as error:
-            found = str(error)
-    return {
-        "rule": "files are those registered",
-        "ok": found == "as registered",
-        "figure": found,
-        "limit": "as registered",
+def _thresholds(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation says of the model's own thresholds, as members of its config.json."""
+    best = (evaluation.get("best_f1") or {}).get("threshold")
+    if best is None:
+        return {}
+    classes = {
+        str(one["id"]): one["best_f1"]["threshold"]
+        for one in evaluation["per_class"]
+        if one["truth"] >= OBJECTS and one["best_f1"]["threshold"] is not None
     }
+    return {"score_threshold": best, "score_thresholds": classes}
 
 
-def _reason(
-    name: str, version: str, evaluation: dict[str, Any], standing: dict[str, Any] | None, rules: list[dict[str, Any]]
-) -> str:
+def _same_version(client, name: str, sums: dict[str, str]):
+    terms = [f"name = '{name}'", *(f"tags.`{key}` = '{value}'" for key, value in sums.items())]
+    return next(iter(client.search_model_versions(" and ".join(terms), max_results=1)), None)
+
+
+def _examine(tracker: Tracker, name: str, version: str, folder: Path) -> dict[str, Any]:
+    """What the gate must know of a version's files: {"version", "problem", "place", "categories", "megabytes"}."""
+    found = {"version": version, "problem": None, "place": None, "categories": [], "megabytes": None}
+    try:
+        place, _, _ = download(tracker, f"models:/{name}/{version}", folder)
+    except UserError as error:
+        return found | {"problem": str(error).rstrip(".")}
+    size = round((place / FILES[0]).stat().st_size / 1e6, 1)
+    return found | {"place": place, "categories": read_json(place / FILES[1])["categories"], "megabytes": size}
+
+
+def _reason(name: str, version: str, evaluation: dict[str, Any], standing: str | None, rules: list[dict]) -> str:
     """The verdict as one sentence."""
-    ap = f"AP {_ap(evaluation):.4f}" if math.isfinite(_ap(evaluation)) else "AP undefined (nothing to find)"
-    other = f"champion version {standing['version']}" if standing else ""
-    sentences = {
-        "AP reaches the floor": lambda rule: f"{ap} is below gate.min_ap {rule['limit']}",
-        "was not rolled back": lambda rule: (
-            f"it was rolled back ({rule['figure']}); delete its tag rolled_back to allow it again"
-        ),
-        "measured on the champion's data": lambda rule: (
-            f"it was measured on other data ({rule['figure']}…) than {other} ({rule['limit']}…), "
-            f"which must be evaluated and promoted on the same data first"
-        ),
-        "has the champion's label map": lambda rule: f"its classes are not those of {other}",
-        "AP is above the champion's": lambda rule: f"{ap} is not above {rule['limit']:.4f}, the bar set by {other}",
-        "files are those registered": lambda rule: rule["figure"].rstrip("."),
-    }
-    failed = [sentences[rule["rule"]](rule) for rule in rules if not rule["ok"]]
+    failed = [rule["words"] for rule in rules if not rule["ok"]]
     if failed:
         return f"Version {version} of {name} was refused: {'; and '.join(failed)}."
+    ap = f"AP {_ap(evaluation):.4f} on {evaluation['split']}"
     if standing is None:
-        return f"Version {version} of {name} is the first champion, with {ap} on {evaluation['split']}."
-    if standing["version"] == version:
-        return f"Version {version} of {name} already is the champion, with {ap} on {evaluation['split']}."
-    return (
-        f"Version {version} of {name} is the new champion: {ap} on {evaluation['split']} "
-        f"beats the {standing['ap']:.4f} of version {standing['version']}."
-    )
+        return f"Version {version} of {name} is the first champion, with {ap}."
+    if standing == version:
+        return f"Version {version} of {name} already is the champion, with {ap}."
+    beaten = next(rule["words"] for rule in rules if rule["rule"] == "AP is above the champion's")
+    return f"Version {version} of {name} is the new champion: {beaten} ({evaluation['split']})."
 
 
-def _verdict_tags(outcome: str, verdict: dict[str, Any]) -> dict[str, str]:
-    """Who, when, why and the figures; the dated tag is never overwritten."""
-    try:
-        who = getpass.getuser()
-    except (OSError, KeyError):  # a container without a name for its user
-        who = "unknown"
-    now = datetime.now(UTC)
-    text = json.dumps(
-        {"outcome": outcome, "who": who, "when": now.isoformat(timespec="seconds"), **verdict}, ensure_ascii=False
-    )
+def _verdict_tags(verdict: dict[str, Any]) -> dict[str, str]:
+    """The dated tag is never overwritten. What is too long for a tag is whole in the ledger's artifacts."""
+    comparison = verdict["comparison"] and {key: verdict["comparison"][key] for key in ("AP", "images", "confidence")}
+    outcome = "promoted" if verdict["promoted"] else "refused"
+    kept = {"outcome": outcome, **verdict, "comparison": comparison}
     return {
-        f"verdict.{now:%Y%m%dT%H%M%S.%f}": text[:5000],
+        f"verdict.{datetime.now(UTC):%Y%m%dT%H%M%S.%f}": short_json(kept, MAX_TAG),
         "verdict": outcome,
         "verdict_reason": verdict["reason"][:1000],
     }
 
 
-def _move_champion(tracker: Tracker, name: str, version: str) -> None:
-    tracker.client().set_registered_model_alias(name, CHAMPION, version)
-    now = champion(tracker, name)
-    if now is None or now["version"] != version:
-        raise UserError(f"MLflow took version {version} of {name!r} as {CHAMPION} but does not show it; try again.")
+class _Standing:
+    """Who is champion, by the alias and by the ledger, and what is between the two."""
+
+    def __init__(self, tracker: Tracker, ledger: Ledger):
+        self.ledger = ledger
+        entries = ledger.entries()
+        outcomes = _outcomes(tracker, ledger.name, entries)
+        moves = [entry for entry in entries if entry["kind"] == "move"]
+        told = {entry["move"] for entry in entries if entry["kind"] in ("done", "abandoned")}
+        self.open = [(move["number"], outcomes[move["number"]]) for move in moves if move["number"] not in told]
+        self.champions: list[str] = []  # the last one is the present one, before it those to go back to
+        for move in moves:
+            if outcomes[move["number"]] == "abandoned":
+                continue
+            if move["how"] == "rolled back":
+                while self.champions and self.champions[-1] != move["to"]:
+                    self.champions.pop()
+            else:
+                self.champions.append(move["to"])
+        alias = _alias(tracker, ledger.name, CHAMPION)
+        self.alias = str(alias.version) if alias else None
+        self.found = None  # who was champion before somebody moved the alias without a word to the ledger
+        if self.alias is not None and self.champions[-1:] != [self.alias]:
+            self.found = (self.champions[-1] if self.champions else None,)
+            self.champions.append(self.alias)
+        self.version = self.champions[-1] if self.champions else None
+        self.problem = None
+        if self.version is not None and self.alias is None:
+            gone = "lost its alias" if _exists(tracker, ledger.name, self.version) else "was deleted"
+            self.problem = (
+                f"champion version {self.version} {gone}, so nothing can be measured against it; run `detr rollback` "
+                "to return to the champion before it or, if there is none, to begin anew"
+            )
+
+    def settle(self) -> None:
+        """Write into the ledger what was learnt from the alias, under the lease."""
+        for number, outcome in self.open:
+            self.ledger.write(outcome, move=number)
+        if self.found:
+            entry = self.ledger.write("move", how="found", to=self.alias, **{"from": self.found[0]})
+            self.ledger.write("done", move=entry["number"])
+
+
+def _outcomes(tracker: Tracker, name: str, entries: list[dict[str, Any]]) -> dict[int, str]:
+    """{a move's number: "done" or "abandoned"}; of the last one the alias may be the only witness."""
+    outcomes = {entry["move"]: entry["kind"] for entry in entries if entry["kind"] in ("done", "abandoned")}
+    for entry in entries:
+        if entry["kind"] == "move" and entry["number"] not in outcomes:
+            alias = _alias(tracker, name, CHAMPION)
+            there = str(alias.version) if alias else None
+            # Without alias and version: MLflow deletes a version's aliases with it.
+            done = there == entry["to"] or (there is None and not _exists(tracker, name, entry["to"]))
+            outcomes[entry["number"]] = "done" if done else "abandoned"
+    return outcomes
+
+
+def _move_champion(tracker: Tracker, ledger: Ledger, version: str | None) -> None:
+    """The alias to a version (None: it is gone already), if the lease still is ours, and a last word to the ledger."""
+    number = ledger.entries()[-1]["number"]
+    ledger.check_lease()
+    if version is not None:
+        tracker.client().set_registered_model_alias(ledger.name, CHAMPION, version)
+        now = champion(tracker, ledger.name)
+        if now is None or now["version"] != version:
+            raise UserError(f"MLflow took version {version} of {ledger.name!r} as {CHAMPION} but does not show it; "
+                            "try again.")  # fmt: skip
+    ledger.write("done", move=number)
+
+
+def _model(tracker: Tracker, name: str):
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return tracker.client().get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise UserError(f"MLflow at {tracker} has no registered model {name!r}.", 2) from error
+
+
+def _exists(tracker: Tracker, name: str, version: str | None) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    if version is None:
+        return False
+    try:
+        tracker.client().get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return False
+    return True
 
 
 def _version(tracker: Tracker, name: str, version: str):
@@ -478,52 +585,3 @@ def _registered(version, reused: bool) -> dict[str, Any]:
         "weights_sha256": version.tags["model.safetensors_sha256"],
         "reused": reused,
     }
-
-
-@contextmanager
-def _lease(tracker: Tracker, name: str, create: bool = False) -> Iterator[None]:
-    """Nobody else reads, judges and moves the alias meanwhile; UserError if it is not free in a minute.
-
-    With SQLite a lock file. A server has no compare-and-set, so there it is a tag on the registered model:
-    written, read back after a moment, and good for LEASE_SECONDS should its holder die.
-    """
-    from mlflow.exceptions import MlflowException
-
-    client = tracker.client()
-    try:
-        with tracker.lock() as locked:
-            if create:
-                try:
-                    client.create_registered_model(name)
-                except MlflowException as error:
-                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                        raise
-            if locked:
-                yield
-                return
-            with _tag_lease(client, name):
-                yield
-    except Timeout as error:
-        raise UserError(f"Somebody else is changing model {name!r}; try again in a minute.") from error
-
-
-@contextmanager
-def _tag_lease(client, name: str, wait: float = 60, settle: float = 0.5) -> Iterator[None]:
-    mine = f"{uuid.uuid4().hex} {time.time() + LEASE_SECONDS:.0f}"
-    end = time.monotonic() + wait
-    while True:
-        held = client.get_registered_model(name).tags.get("lease", "")
-        if not held or float(held.split()[1]) < time.time():
-            client.set_registered_model_tag(name, "lease", mine)
-            time.sleep(settle)
-            held = client.get_registered_model(name).tags.get("lease", "")
-            if held == mine:
-                break
-        if time.monotonic() > end:
-            raise Timeout(f"lease of {name}")
-        time.sleep(settle)
-    try:
-        yield
-    finally:
-        if client.get_registered_model(name).tags.get("lease") == mine:
-            client.delete_registered_model_tag(name, "lease")

@@ -332,7 +332,25 @@ class GateSettings(Settings):
     """What a model must show to become champion."""
 
     min_ap: float = Field(0.01, ge=0, le=1, description="absolute floor, also for a first champion")
-    margin: float = Field(0.0, ge=0, description="AP above the present champion's on the same data")
+    margin: float = Field(
+        0.0, ge=0, description="AP above the present champion's on the same images; the low end of the difference's "
+        "confidence interval must be above it",
+    )
+    max_class_drop: float = Field(
+        0.1, ge=0, le=1, description="AP that a class may lose to the champion; more is refused where the loss is sure "
+        "(its whole confidence interval)",
+    )
+    max_seen: float = Field(
+        0.01, ge=0, le=1, description="share of the images it is measured on that it may have been trained on, or on "
+        "nearly the same",
+    )
+    max_rejected: float = Field(
+        0.1, ge=0, le=1, description="share of the images to measure on that ingest may have rejected"
+    )
+    max_megabytes: float | None = Field(None, gt=0, description="of the weights; by default any size")
+    min_images_per_second: float | None = Field(
+        None, gt=0, description="when it was evaluated; by default any speed"
+    )
 
 
 class PredictSettings(Settings):

@@ -39,6 +39,7 @@ from pipelines.budget import Budget, lr_factor
 from pipelines.detect import Detector
 from pipelines.feed import Arrivals, first_model, open_feed
 from pipelines.fit import fit_to_data
+from pipelines.gate import write_trained_on
 from pipelines.progress import alongside, console
 from pipelines.settings import RunSettings, TrainSettings, UserError, digest, override_settings
 from pipelines.shards import flat_values, read_split
@@ -201,6 +202,7 @@ def _finish(
         if "metrics" in found:  # of a validation beside the training
             finish_model(part, found["metrics"])
             summary |= {"AP": found["AP"], "AP50": found["AP50"], "best_step": found["step"]}
+        write_trained_on(Path(validation["dataset_folder"]), part, settings.train.init_from)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         os.replace(part, folder / "checkpoint")
     write_json(folder / "history.json", read_history(folder / PROGRESS))

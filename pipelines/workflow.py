@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 APPLICATION_VERSION = "2"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
-VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 7, "evaluate": 1, "predict": 1, "report": 3}
+VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 8, "evaluate": 1, "predict": 1, "report": 3}
 GATE_REFUSED = 3
 
 Record = dict[str, Any]
@@ -114,15 +114,36 @@ def register_stage(
     )  # fmt: skip
 
 
-def promote_stage(settings: RunSettings, store: Path, data: Record, version: str, evaluation: Record) -> Record:
+def promote_stage(
+    settings: RunSettings, store: Path, data: Record, version: str, evaluation: Record, why: str = ""
+) -> Record:
     """The gate's verdict, and the alias moved if it passed. Asked anew every time: champions change."""
+    from pipelines.compare import compare_evaluations
+    from pipelines.gate import rejected_share, seen_in_training
     from pipelines.registry import promote, registered_name
 
     name = registered_name(settings, data["result"]["name"])
-    folder = Path(store) / "promote" / f"{name}-{version}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, dataset_folder = Path(store) / "promote" / f"{name}-{version}", Path(data["folder"])
     tracker = _tracker(settings, store, data)
-    record = _timed("promote", lambda: promote(settings, tracker, name, version, evaluation["result"], folder))
+    split, split_digest = (evaluation["result"][key] for key in ("split", "split_digest"))
+    place, _, _ = download_model(settings, store, data, f"models:/{name}/{version}")
+    measured = {
+        **evaluation["result"],
+        "data": {
+            "seen": seen_in_training(place, dataset_folder, split),
+            "rejected": rejected_share(dataset_folder, split),
+        },
+    }
+
+    def compare(champion: Path) -> dict[str, Any]:
+        other = evaluate_stage(settings, store, data, champion, split)
+        found = compare_evaluations(settings, dataset_folder, split, Path(other["folder"]), Path(evaluation["folder"]))
+        return {**found, "split": split, "split_digest": split_digest, "evaluation": other["folder"]}
+
+    record = _timed(
+        "promote",
+        lambda: promote(settings, tracker, name, version, measured, compare, folder, Path(store) / "models", why),
+    )
     verdict = record["result"]
     console.print(f"{'Promoted' if verdict['promoted'] else 'Refused'}: {verdict['reason']}")
     return record
@@ -332,6 +353,18 @@ def download_model(settings: RunSettings, store: Path, data: Record, uri: str) -
     from pipelines.registry import download
 
     return download(_tracker(settings, store, data), uri, Path(store) / "models")
+
+
+def find_name(settings: RunSettings, store: Path, name: str | None):
+    """The tracker, and the registered model's name: the one given, or that of the store's last dataset."""
+    from pipelines.registry import registered_name
+
+    data = latest(store, "ingest")
+    if name is None:
+        if data is None and settings.tracking.model_name is None:
+            raise UserError("This store holds no dataset, so there is no model; give --model.", 2)
+        name = registered_name(settings, data["result"]["name"] if data else "")
+    return _tracker(settings, store, data or {"result": {"name": name}}), name
 
 
 def find_model(settings: RunSettings, store: Path, uri: str | None) -> tuple[Path, str, str]:

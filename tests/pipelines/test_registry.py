@@ -6,22 +6,19 @@ import os
 import re
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from pipelines import registry
-from pipelines.registry import champion, download, promote, register, registered_name, rollback
+from pipelines.registry import champion, download, history, promote, register, registered_name, rollback
 from pipelines.settings import UserError, load_settings
 from pipelines.stage import read_json
 from pipelines.tracking import Tracker, tracker
 
-SETTINGS = load_settings(None, ["gate.min_ap=0.1", "gate.margin=0"])
+SETTINGS = load_settings(None, ["gate.min_ap=0.1"])
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 
 
@@ -48,8 +45,19 @@ def checkpoint(folder: Path, weights: bytes, categories=CATEGORIES) -> Path:
     return folder
 
 
-def scored(ap: float | None, data: str = "val-1") -> dict:
-    return {"AP": ap, "split": "val", "split_digest": data}
+def scored(ap: float | None, data: str = "val-1", **more) -> dict:
+    return {"AP": ap, "split": "val", "split_digest": data, "data": {"seen": 0.0, "rejected": 0.0}, **more}
+
+
+def compared(first: float, second: float, half: float = 0.0, data: str = "val-1", per_class=()) -> dict:
+    """What `compare_evaluations` says; half: of the interval's width."""
+    difference = second - first
+    ap = {"first": first, "second": second, "difference": difference, "low": difference - half,
+          "high": difference + half}  # fmt: skip
+    return {"images": 100, "confidence": 0.95, "split_digest": data, "AP": ap, "per_class": list(per_class)}
+
+
+APS = {}  # of all weights in a test: what measuring a champion again finds
 
 
 @pytest.fixture
@@ -57,7 +65,8 @@ def add(tracked, run_id, name, tmp_path):
     """add(weights, ap) -> version of a checkpoint with these weights."""
 
     def make(weights: bytes, ap: float, categories=CATEGORIES) -> str:
-        folder = checkpoint(tmp_path / weights.decode(), weights, categories)
+        folder = checkpoint(tmp_path / weights[:9].decode(), weights, categories)
+        APS[weights] = ap
         return register(SETTINGS, tracked, run_id, folder, scored(ap), "data", name)["version"]
 
     return make
@@ -65,8 +74,14 @@ def add(tracked, run_id, name, tmp_path):
 
 @pytest.fixture
 def judge(tracked, name, tmp_path):
-    def run(version: str, evaluation: dict, settings=SETTINGS) -> dict:
-        return promote(settings, tracked, name, version, evaluation, tmp_path / "promote")
+    def run(version: str, evaluation: dict, settings=SETTINGS, half=0.0, per_class=(), data=None, why="") -> dict:
+        def compare(place: Path) -> dict:
+            first = APS[(place / "model.safetensors").read_bytes()]
+            return compared(first, evaluation["AP"], half, data or evaluation["split_digest"], per_class)
+
+        return promote(
+            settings, tracked, name, version, evaluation, compare, tmp_path / "promote", tmp_path / "models", why
+        )
 
     return run
 
@@ -105,34 +120,96 @@ def test_an_ap_that_is_none_is_refused_even_without_a_floor(tracked, name, add, 
     assert champion(tracked, name) is None
 
 
-def test_the_champion_must_be_beaten(tracked, name, add, judge):
+def test_the_champion_must_be_beaten_surely(tracked, name, add, judge):
     first = add(b"one", 0.3)
     judge(first, scored(0.3))
     second = add(b"two", 0.3)
 
     equal = judge(second, scored(0.3))
     assert failed(equal) == ["AP is above the champion's"]
-    assert "AP 0.3000 is not above 0.3000, the bar set by champion version 1" in equal["reason"]
+    assert "is +0.0000 beside the 0.3000 of champion version 1" in equal["reason"]
     assert (equal["champion"], champion(tracked, name)["version"]) == (first, first)
+
+    chance = judge(second, scored(0.34), half=0.05)  # better, and it may be chance
+    assert failed(chance) == ["AP is above the champion's"]
+    assert "95% sure -0.0100 to +0.0900; the low end must be above gate.margin 0" in chance["reason"]
 
     margin = judge(second, scored(0.34), load_settings(None, ["gate.min_ap=0.1", "gate.margin=0.05"]))
     assert failed(margin) == ["AP is above the champion's"]
 
-    better = judge(second, scored(0.34))
+    better = judge(second, scored(0.34), half=0.03)
     assert better["promoted"] and (better["previous"], better["champion"]) == (first, second)
-    assert "beats the 0.3000 of version 1" in better["reason"]
+    assert "its AP 0.3400 is +0.0400 beside the 0.3000 of champion version 1" in better["reason"]
     assert champion(tracked, name)["version"] == second
 
 
-def test_numbers_from_other_data_or_classes_do_not_count(tracked, name, add, judge):
+def test_without_an_interval_the_difference_itself_counts(tracked, name, add, judge, tmp_path):
     judge(add(b"one", 0.3), scored(0.3))
-    verdict = judge(add(b"two", 0.9), scored(0.9, "val-2"))
-    assert failed(verdict) == ["measured on the champion's data"]
-    assert "val-2" in verdict["reason"] and "val-1" in verdict["reason"]
+    version = add(b"two", 0.31)
 
-    verdict = judge(add(b"three", 0.9, CATEGORIES[::-1]), scored(0.9))
-    assert failed(verdict) == ["has the champion's label map"]
+    def compare(_place: Path) -> dict:
+        found = compared(0.3, 0.31)
+        return found | {"AP": found["AP"] | {"low": None, "high": None}}
+
+    verdict = promote(SETTINGS, tracked, name, version, scored(0.31), compare, tmp_path, tmp_path / "models")
+    assert verdict["promoted"] and "sure" not in verdict["reason"]
+
+
+def test_a_class_must_not_be_lost(name, add, judge):
+    judge(add(b"one", 0.3), scored(0.3))
+    second = add(b"two", 0.4)
+    lost = {"name": "dog", "id": 7, "first": 0.5, "second": 0.3, "difference": -0.2, "low": -0.3, "high": -0.1}
+    verdict = judge(second, scored(0.4), per_class=[lost])
+    assert failed(verdict) == ["no class is much worse"]
+    assert "'dog' fell from AP 0.500 to 0.300" in verdict["reason"]
+    unsure = lost | {"high": 0.01}
+    little = lost | {"second": 0.45, "difference": -0.05, "high": -0.01}
+    unknown = {**dict.fromkeys(lost), "name": "cat", "id": 3}
+    assert judge(second, scored(0.4), per_class=[unsure, little, unknown])["promoted"]
+
+
+@pytest.mark.parametrize(
+    "evaluation, override, rule, words",
+    [
+        ({"data": {"seen": 0.25, "rejected": 0.0}}, None, "was not trained on the images it is measured on",
+         "25.0% of the images it was measured on, or nearly the same ones, it was trained on"),
+        ({"data": {"seen": None, "rejected": 0.5}}, None, "data checks passed", "50.0% of the images"),
+        ({}, "gate.max_megabytes=0.1", "is small enough", "its weights have 0.2 MB, and gate.max_megabytes is 0.1"),
+        ({"images_per_second": 3.0}, "gate.min_images_per_second=5", "is fast enough", "its speed is 3 images/s"),
+        ({"images_per_second": None}, "gate.min_images_per_second=5", "is fast enough", "was not measured"),
+    ],
+)  # fmt: skip
+def test_a_first_champion_must_keep_the_other_rules_too(name, add, judge, evaluation, override, rule, words):
+    settings = load_settings(None, [override] if override else [])
+    version = add(b"one" * 70_000 if override and "mega" in override else b"one", 0.5)
+    verdict = judge(version, scored(0.5) | evaluation, settings)
+    assert failed(verdict) == [rule] and words in verdict["reason"]
+
+
+def test_numbers_from_other_images_do_not_count(tracked, name, add, judge):
+    judge(add(b"one", 0.3), scored(0.3))
+    verdict = judge(add(b"two", 0.9), scored(0.9), data="val-2")
+    assert failed(verdict) == ["measured on the same images"]
     assert champion(tracked, name)["version"] == "1"
+
+
+@pytest.mark.parametrize(
+    "categories, words",
+    [
+        ([{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}], "it lacks 'cat', 'dog'"),  # swapped
+        (CATEGORIES[:1], "it lacks 'dog'"),
+    ],
+)
+def test_a_label_map_that_does_not_fit_is_refused(tracked, name, add, judge, categories, words):
+    judge(add(b"one", 0.3), scored(0.3))
+    verdict = judge(add(b"two", 0.9, categories), scored(0.9))
+    assert failed(verdict) == ["has the champion's classes"] and words in verdict["reason"]
+    assert champion(tracked, name)["version"] == "1"
+
+
+def test_order_and_additions_do_not_spoil_a_label_map(name, add, judge):
+    judge(add(b"one", 0.3), scored(0.3))
+    assert judge(add(b"two", 0.4, [{"id": 9, "name": "cow"}, *CATEGORIES[::-1]]), scored(0.4))["promoted"]
 
 
 def test_the_champion_stays_champion_and_takes_on_new_data(tracked, name, add, judge):
@@ -141,22 +218,51 @@ def test_the_champion_stays_champion_and_takes_on_new_data(tracked, name, add, j
     again = judge(first, scored(0.25, "val-2"))
     assert again["promoted"] and "already is the champion" in again["reason"]
     assert champion(tracked, name)["split_digest"] == "val-2"
-    # now a candidate measured on the new data can be compared
-    assert judge(add(b"two", 0.26), scored(0.26, "val-2"))["promoted"]
+    assert judge(add(b"two", 0.36), scored(0.36, "val-2"))["promoted"]
 
 
-def test_every_verdict_is_kept_with_its_version(tracked, name, add, judge):
+def test_every_verdict_is_kept_with_its_version(tracked, name, add, judge, tmp_path):
     judge(add(b"one", 0.3), scored(0.3))
     second = add(b"two", 0.2)
-    judge(second, scored(0.2))
-    judge(second, scored(0.4))
+    many = [{"name": f"class {n} " + 300 * "x", "id": n, "first": 0.9, "second": 0.1, "difference": -0.8, "low": -0.9,
+             "high": -0.7} for n in range(500)]  # fmt: skip
+    judge(second, scored(0.2), per_class=many)
+    judge(second, scored(0.4), why="more night images")
     tags = tracked.client().get_model_version(name, second).tags
     dated = [json.loads(tags[key]) for key in sorted(tags) if key.startswith("verdict.")]
     assert [entry["outcome"] for entry in dated] == ["refused", "promoted"]
     assert [entry["previous"] for entry in dated] == ["1", "1"]
     assert all(entry["who"] and entry["when"] and entry["reason"] for entry in dated)
-    assert dated[0]["rules"][-2]["figure"] == 0.2
-    assert (tags["verdict"], tags["previous_champion"], tags["ap"]) == ("promoted", "1", "0.4")
+    assert dated[0]["rules"][1]["figure"] == 0.2 and dated[1]["why"] == "more night images"
+    assert dated[1]["comparison"]["AP"]["first"] == 0.3
+    assert (tags["verdict"], tags["ap"]) == ("promoted", "0.4")
+    # what is too long for a tag is whole in the ledger
+    client = tracked.client()
+    ledger = client.get_registered_model(name).tags["detr.ledger"]
+    files = [file.path for file in client.list_artifacts(ledger, "verdicts")]
+    assert len(files) == 3
+    whole = read_json(client.download_artifacts(ledger, next(f for f in files if "000003" in f), str(tmp_path)))
+    assert len(whole["comparison"]["per_class"]) == 500
+
+    rows = history(tracked, name)
+    assert [(row["what"], row["from"], row["version"]) for row in rows] == [
+        ("promoted", None, "1"), ("refused", None, "2"), ("promoted", "1", "2"),
+    ]  # fmt: skip
+    assert rows[2]["why"] == "more night images" and all(row["who"] and row["when"] for row in rows)
+
+
+def test_the_thresholds_of_the_evaluation_become_the_models_own(tracked, run_id, name, tmp_path):
+    best = {"threshold": 0.4, "f1": 0.8, "precision": 0.8, "recall": 0.8}
+    classes = [{"name": "cat", "id": 3, "truth": 200, "best_f1": best | {"threshold": 0.37}},
+               {"name": "dog", "id": 7, "truth": 3, "best_f1": best | {"threshold": 0.99}}]  # fmt: skip
+    evaluation = scored(0.5, best_f1=best, per_class=classes)
+    folder = checkpoint(tmp_path / "one", b"one")
+    register(SETTINGS, tracked, run_id, folder, evaluation, "data", name)
+    config = read_json(download(tracked, f"models:/{name}/1", tmp_path / "got")[0] / "config.json")
+    assert config["score_threshold"] == 0.4
+    assert config["score_thresholds"] == {"3": 0.37}  # three dogs say little
+    assert "score_thresholds" not in read_json(folder / "config.json")
+    assert register(SETTINGS, tracked, run_id, folder, evaluation, "data", name)["reused"]
 
 
 def test_registering_the_same_checkpoint_again_finds_its_version(tracked, run_id, name, tmp_path):
@@ -231,8 +337,10 @@ def test_a_plain_folder_is_a_model_too(tracked, tmp_path):
 
 
 def test_rollback_gives_the_alias_back_and_the_gate_remembers(tracked, name, add, judge):
+    with pytest.raises(UserError, match="no registered model"):
+        rollback(tracked, name, "why not")
+    add(b"one", 0.3)
     with pytest.raises(UserError, match="no champion"):
-        add(b"one", 0.3)
         rollback(tracked, name, "why not")
     judge("1", scored(0.3))
     with pytest.raises(UserError, match="first champion"):
@@ -243,42 +351,66 @@ def test_rollback_gives_the_alias_back_and_the_gate_remembers(tracked, name, add
     verdict = judge("2", scored(0.4))  # what a scheduled run would do next
     assert failed(verdict) == ["was not rolled back"] and "misses small cats" in verdict["reason"]
     assert judge(add(b"three", 0.35), scored(0.35))["previous"] == "1"
+    judge(add(b"four", 0.5), scored(0.5))
+    assert rollback(tracked, name, "a")["version"] == "3"  # and not to the one that was rolled back
+    assert rollback(tracked, name, "b")["version"] == "1"
+    moves = [(row["what"], row["from"], row["version"]) for row in history(tracked, name) if row["what"] != "refused"]
+    assert moves == [
+        ("promoted", None, "1"), ("promoted", "1", "2"), ("rolled back", "2", "1"), ("promoted", "1", "3"),
+        ("promoted", "3", "4"), ("rolled back", "4", "3"), ("rolled back", "3", "1"),
+    ]  # fmt: skip
 
 
-def test_a_crash_before_the_alias_leaves_the_old_champion(tracked, name, add, judge, monkeypatch):
+def test_a_champion_that_was_deleted_is_noticed(tracked, name, add, judge):
+    """MLflow deletes its alias with it, and the next version would pass as a first champion, whatever it can."""
     judge(add(b"one", 0.3), scored(0.3))
-    second = add(b"two", 0.4)
-    with monkeypatch.context() as patch:
-        patch.setattr(registry, "_move_champion", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            judge(second, scored(0.4))
-    assert champion(tracked, name)["version"] == "1"
-    assert judge(second, scored(0.4))["promoted"]  # and nothing stays locked
+    judge(add(b"two", 0.6), scored(0.6))
+    third = add(b"three", 0.2)
+    tracked.client().delete_model_version(name, "2")
+    verdict = judge(third, scored(0.2))
+    assert failed(verdict) == ["the champion is there"] and verdict["champion"] is None
+    assert "champion version 2 was deleted" in verdict["reason"] and "`detr rollback`" in verdict["reason"]
+    assert rollback(tracked, name, "2 is gone")["version"] == "1"
+    assert failed(judge(third, scored(0.2))) == ["AP is above the champion's"]
+
+    tracked.client().delete_model_version(name, "1")  # and now there is none to go back to
+    assert failed(judge(third, scored(0.2))) == ["the champion is there"]
+    assert rollback(tracked, name, "begin anew")["version"] is None
+    assert judge(third, scored(0.2))["promoted"]
+    assert champion(tracked, name)["version"] == third
 
 
-def test_only_one_at_a_time_judges(tracked, name, add, judge, monkeypatch):
+def test_an_alias_moved_by_hand_is_found_and_told(tracked, name, add, judge):
+    judge(add(b"one", 0.3), scored(0.3))
+    second = add(b"two", 0.2)
+    tracked.client().set_registered_model_alias(name, "champion", second)
+    assert judge(add(b"three", 0.25), scored(0.25))["previous"] == second  # measured against the one that stands
+    assert [(row["what"], row["version"]) for row in history(tracked, name)] == [
+        ("promoted", "1"), ("found", "2"), ("promoted", "3"),
+    ]  # fmt: skip
+    assert rollback(tracked, name, "a")["version"] == "2"
+    tracked.client().delete_registered_model_alias(name, "champion")
+    assert failed(judge("1", scored(0.3))) == ["the champion is there"]
+    assert judge("2", scored(0.3))["promoted"]  # it is the one, and has its alias again
+    assert champion(tracked, name)["version"] == "2"
+
+
+def test_a_champion_whose_files_are_spoilt_bars_the_way(tracked, name, add, judge):
     version = add(b"one", 0.3)
-    lock = FileLock(tracked.uri.removeprefix("sqlite:///") + ".lock")
-    done = threading.Event()
-    with lock:
-        thread = threading.Thread(target=lambda: (judge(version, scored(0.3)), done.set()))
-        thread.start()
-        assert not done.wait(0.5)
-        assert champion(tracked, name) is None
-    thread.join(30)
-    assert champion(tracked, name)["version"] == version
+    judge(version, scored(0.3))
+    (stored(tracked, name, version) / "model.safetensors").write_bytes(b"ONE")
+    verdict = judge(add(b"two", 0.4), scored(0.4))
+    assert failed(verdict) == ["the champion is there"]
+    assert "model.safetensors of" in verdict["reason"] and verdict["champion"] == version
 
 
-def test_the_lease_on_a_server_is_exclusive_and_expires(tracked, name, add, monkeypatch):
-    add(b"one", 0.3)
-    client = tracked.client()
-    second = registry._tag_lease(client, name, wait=0.05, settle=0.01)
-    with registry._tag_lease(client, name, settle=0.01), pytest.raises(Timeout):
-        second.__enter__()
-    assert "lease" not in client.get_registered_model(name).tags
-    client.set_registered_model_tag(name, "lease", f"dead {time.time() - 1:.0f}")  # its holder was killed
-    with registry._tag_lease(client, name, wait=0.05, settle=0.01):
-        assert not client.get_registered_model(name).tags["lease"].startswith("dead")
+def test_a_list_of_training_images_cannot_be_taken_away(tracked, run_id, name, judge, tmp_path):
+    folder = checkpoint(tmp_path / "one", b"one")
+    (folder / "trained_on.parquet").write_bytes(b"rows")
+    register(SETTINGS, tracked, run_id, folder, scored(0.3), "data", name)
+    (stored(tracked, name, "1") / "trained_on.parquet").unlink()
+    verdict = judge("1", scored(0.3))
+    assert failed(verdict) == ["files are those registered"] and "trained_on.parquet" in verdict["reason"]
 
 
 @pytest.mark.parametrize(
