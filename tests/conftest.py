@@ -1,4 +1,4 @@
-"""What tests share: one Ray cluster for the session, the folder of real images."""
+"""What tests share: one Ray cluster, PostgreSQL and MLflow server for the session, the folder of real images."""
 from __future__ import annotations
 
 import os
@@ -27,6 +27,36 @@ def ray_cluster():
 
     with ray_session(RunSettings(), dashboard=True):  # sweeps need it
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """The URI of a database on a PostgreSQL of our own; `new_database` (mlflow_server.py) makes another beside it."""
+    from mlflow_server import Postgres
+
+    if reason := Postgres.unfit():
+        pytest.skip(f"no PostgreSQL: {reason}")
+    with Postgres() as server:
+        yield server.uri
+
+
+@pytest.fixture(scope="session")
+def running_mlflow_server(postgres, tmp_path_factory):
+    from mlflow_server import MlflowServer
+
+    if reason := MlflowServer.unfit():
+        pytest.skip(f"no MLflow server: {reason}")
+    with MlflowServer(tmp_path_factory.mktemp("mlflow"), postgres) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(running_mlflow_server):
+    """An MLflow server with passwords, on PostgreSQL: its url, user and password, which the environment has, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_USERNAME", running_mlflow_server.user)
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", running_mlflow_server.password)
+        yield running_mlflow_server
 
 
 class HostCopies(TorchFunctionMode):
