@@ -38,9 +38,16 @@ def main(settings, store: Path) -> dict:
         f"Report:     {outcome['report']}",
         f"Detections: {outcome['predictions'] or 'none, for want of a champion'}",
         f"Checkpoint: {outcome['checkpoint']}",
-        f"MLflow:     mlflow ui --backend-store-uri {settings.tracking.uri or f'sqlite:///{store}/mlflow.db'}",
+        f"MLflow:     {_place_of_runs(settings.tracking.uri, store)}",
     ]
     return {**outcome, "text": "\n".join(lines)}
+
+
+def _place_of_runs(uri: str | None, store: Path) -> str:
+    """Where to look at them: a server, or the command that starts one."""
+    if uri and uri.startswith(("http://", "https://")):
+        return uri
+    return f"mlflow ui --backend-store-uri {uri or f'sqlite:///{store}/mlflow.db'}"
 
 
 def _show(value: float | None) -> str:

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from detr.config import FOCAL_WEIGHTS, PRESETS, LossConfig, ModelConfig, Settings
 
@@ -362,9 +371,22 @@ class PredictSettings(Settings):
 
 
 class TrackingSettings(Settings):
-    uri: str | None = Field(None, description="MLflow server; by default SQLite in the store")
+    uri: str | None = Field(
+        None, description="MLflow server, or its database; by default SQLite in the store. Without a password"
+    )
     experiment: str | None = Field(None, description="by default the dataset's name")
     model_name: str | None = Field(None, description="registered model; by default the dataset's name")
+
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        """Settings are kept with every result and shown on its page."""
+        if uri and re.search(r"://[^/@]*:[^/]*@|[?&]password=", uri):
+            raise ValueError(
+                "it holds a password, which would be kept with every result; leave it out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, or PGPASSWORD for PostgreSQL"
+            )
+        return uri
 
 
 class ClusterSettings(Settings):

@@ -44,7 +44,7 @@ _open: dict[str, Tracker] = {}  # runs of this process, by id; a stage's thread 
 def tracker(settings: RunSettings, store: Path, dataset_name: str) -> Tracker:
     """The tracker these settings ask for: a server, or SQLite and artifacts in the store.
 
-    Raises UserError when a server is asked for and does not answer.
+    Raises UserError when a server is asked for and does not answer, or wants another user or password.
     """
     uri = settings.tracking.uri
     root: Path | None = Path(store).resolve()
@@ -62,6 +62,7 @@ def tracker(settings: RunSettings, store: Path, dataset_name: str) -> Tracker:
     )
     if root is None:
         _check_server(made)
+        made.client().search_experiments(max_results=1)  # says whether it knows us
     return made
 
 
@@ -114,11 +115,11 @@ class Tracker:
     artifact_root: str | None = None
 
     def client(self) -> MlflowClient:
-        """The MLflow client for this URI (one per process)."""
+        """The MLflow client for this URI (one per process). What a server does not let us do is a UserError."""
         return _client(self.uri)
 
     def __str__(self) -> str:
-        return re.sub(r"//[^/@]*@", "//", self.uri)  # without a password
+        return self.uri
 
     def experiment_id(self) -> str:
         """The experiment's id; it is made when there is none yet. Raises UserError if it was deleted."""
@@ -403,12 +404,47 @@ def _client(uri: str) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     path = _sqlite_path(uri)
     if path is None:
-        return MlflowClient(uri, registry_uri=uri)
+        return _ServersClient(MlflowClient(uri, registry_uri=uri), uri)  # type: ignore[return-value]
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.init.lock"):  # the first client makes the tables
         client = MlflowClient(uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         return client
+
+
+class _ServersClient:
+    """An MlflowClient that says in one sentence what a server did not let it do.
+
+    Users and passwords come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the file that MLflow
+    keeps them in; it reads them anew for each request.
+    """
+
+    def __init__(self, client: MlflowClient, uri: str):
+        self._client, self._uri = client, uri
+
+    def __getattr__(self, name: str) -> Any:
+        work = getattr(self._client, name)
+        if not callable(work):
+            return work
+
+        def ask(*arguments: Any, **options: Any) -> Any:
+            from mlflow.exceptions import MlflowException
+            from mlflow.utils.credentials import read_mlflow_creds
+
+            try:
+                return work(*arguments, **options)
+            except MlflowException as error:
+                if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+                    raise
+                user = read_mlflow_creds().username
+                if error.error_code == "PERMISSION_DENIED":
+                    what = f"does not let {user!r} {name.replace('_', ' ')}; ask who runs it for the permission"
+                else:
+                    what = f"does not accept this password of {user!r}" if user else "asks for a user and a password"
+                    what += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of a user of it"
+                raise UserError(f"MLflow at {self._uri} {what}.") from error
+
+        return ask
 
 
 def forget_last_steps() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipelines.feed import Feed
 from pipelines.progress import console, duration, progress
+from pipelines.settings import UserError
 from pipelines.tracking import Tracker
 from pipelines.workers import gather_over_workers
 
@@ -155,7 +156,7 @@ class TrainingLog:
             return False
         try:
             work()
-        except (MlflowException, OSError) as error:
+        except (MlflowException, OSError, UserError) as error:  # away, or it does not know us any more
             if not self.ask_from:
                 why = " ".join(str(error).split())[:200]
                 self.say(f"MLflow does not take the figures, which are kept and sent later: {why}")

@@ -122,7 +122,8 @@ class MlflowServer:
         runs, users = (new_database(self.postgres, f"{kind}_{name}") for kind in ("mlflow", "users"))
         auth = configparser.ConfigParser(interpolation=None)
         auth["mlflow"] = {"default_permission": "READ", "database_uri": users, "admin_username": self.user,
-                          "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth"}  # fmt: skip
+                          "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+                          "auth_cache_ttl_seconds": "60"}  # fmt: skip
         with (self.folder / "auth.ini").open("w") as file:
             auth.write(file)
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")} | {

@@ -357,11 +357,15 @@ def test_a_uri_that_cannot_work_fails_at_once(tmp_path, uri, words):
         tracker(load_settings(None, [f"tracking.uri={uri}"]), tmp_path, "digits")
 
 
-def test_a_password_in_the_uri_is_not_shown(tmp_path):
-    settings = load_settings(None, ["tracking.uri=http://me:secret@127.0.0.1:9"])
-    with pytest.raises(UserError, match="at http://127") as error:
-        tracker(settings, tmp_path, "digits")
-    assert "secret" not in str(error.value)
+@pytest.mark.parametrize("uri", ["http://me:secret@127.0.0.1:9", "postgresql://me:secret@host/runs",
+                                 "postgresql://host/runs?user=me&password=secret", "https://:secret@host"])  # fmt: skip
+def test_a_password_in_the_uri_is_refused_and_not_shown(uri, tmp_path):
+    (tmp_path / "settings.yaml").write_text(f"tracking: {{uri: '{uri}'}}\n")
+    for given in [(None, [f"tracking.uri={uri}"]), (tmp_path / "settings.yaml",)]:
+        with pytest.raises(UserError, match="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as error:
+            load_settings(*given)
+        assert "secret" not in str(error.value)
+    assert load_settings(None, ["tracking.uri=postgresql://me@host:5432/runs"]).tracking.uri  # a user is no secret
 
 
 def test_two_processes_may_open_a_new_store_at_once_and_stdout_stays_empty(tmp_path):
