@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import json
 import os
+import random
 import socket
 import time
 import uuid
@@ -25,7 +26,7 @@ from pipelines.tracking import MAX_PARAM, Tracker
 
 LEASE_SECONDS = 60  # what is done under a lease takes a few; so long a dead holder on another machine is waited for
 WAIT_SECONDS = 300
-POLL_SECONDS = 0.2
+POLL_SECONDS = (0.2, 2.0)  # at first, and at most: many who wait must not keep a server from who works
 TAG = "detr.ledger"  # of the registered model: the ledger's run
 ENTRY, LEASE, RELEASED = "entry", "lease", "lease.released"
 
@@ -73,7 +74,7 @@ class Ledger:
     def _take(self, wait: float) -> str:
         from mlflow.exceptions import MlflowException
 
-        end = time.monotonic() + wait
+        end, pause = time.monotonic() + wait, POLL_SECONDS[0]
         while True:
             data = self._data()
             taken = _numbered(data.params, LEASE)
@@ -90,7 +91,8 @@ class Ledger:
                         raise
             elif time.monotonic() > end:
                 raise UserError(f"Somebody else is changing model {self.name!r}; try again in a minute.")
-            time.sleep(POLL_SECONDS)
+            time.sleep(random.uniform(0.5, 1.0) * pause)
+            pause = min(2 * pause, POLL_SECONDS[1])
 
     def _data(self):
         return self.client.get_run(self.run_id).data
@@ -155,12 +157,12 @@ def _find_run(tracker: Tracker, name: str) -> str:
             first = False
         end = time.monotonic() + (0 if first else 10)
         while not (run_id := client.get_registered_model(name).tags.get(TAG)) and time.monotonic() < end:
-            time.sleep(POLL_SECONDS)  # whoever made the model is about to
+            time.sleep(POLL_SECONDS[0])  # whoever made the model is about to
         if not run_id:
             run_id = tracker.start_run(f"registry of {name}", None, {"detr.stage": "registry", "detr.model": name})
             tracker.end_run(run_id)
             client.set_registered_model_tag(name, TAG, run_id)
-            time.sleep(POLL_SECONDS)  # several may have waited for one that was killed: the last one's counts
+            time.sleep(POLL_SECONDS[0])  # several may have waited for one that was killed: the last one's counts
             run_id = client.get_registered_model(name).tags[TAG]
     if client.get_run(run_id).info.lifecycle_stage == "deleted":
         client.restore_run(run_id)
