@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs
 import pyarrow.parquet as pq
+from pyarrow.fs import FileType
 
 from pipelines.alike import find_alike
 from pipelines.settings import GateSettings
 from pipelines.shards import count_rejects, read_split
 from pipelines.stage import read_json
-from pipelines.storage import filesystem, join
+from pipelines.storage import filesystem, join, kind
 
 TRAINED_ON = "trained_on.parquet"  # in a checkpoint: the images it was trained on, by digest and thumbnail
 
@@ -106,8 +106,9 @@ def write_trained_on(dataset_folder: Path, checkpoint: Path, base: str | None = 
     """Leave in a checkpoint which images it was trained on; base: the checkpoint it began from, whose images count."""
     tables = [read_split(dataset_folder, "train", ["sha256", "thumbnail"])]
     if base is not None:
-        fs, path = filesystem(join(base, TRAINED_ON))
-        if fs.get_file_info(path).type == pyarrow.fs.FileType.File:
+        place = join(base, TRAINED_ON)
+        if kind(place) == FileType.File:
+            fs, path = filesystem(place)
             tables.append(pq.read_table(path, filesystem=fs))
     pq.write_table(pa.concat_tables(tables), Path(checkpoint) / TRAINED_ON)
 
