@@ -1,4 +1,4 @@
-"""Measure a checkpoint: the COCO numbers, AP per class."""
+"""Measure a checkpoint: the COCO numbers, AP per class, how sure they are, where it errs; or against another one."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,31 +10,70 @@ from jobs.common import job, latest_checkpoint, ray_session
 
 @click.option("--checkpoint", metavar="FOLDER|models:/…", help="By default the last one trained in this store.")
 @click.option("--split", default="val", show_default=True, help="train, val or test.")
-@job("detr evaluate --split test")
-def main(settings, store: Path, checkpoint: str | None, split: str) -> dict:
-    """Measure a checkpoint on a split: the 12 COCO numbers and AP per class, each image exactly once."""
-    from pipelines.workflow import evaluate_stage, ingest_stage
+@click.option("--against", metavar="FOLDER|models:/…", help="Measure this one, too, and say which is better.")
+@job("detr evaluate --split test --against models:/NAME@champion")
+def main(settings, store: Path, checkpoint: str | None, split: str, against: str | None) -> dict:
+    """Measure a checkpoint on a split: the 12 COCO numbers, AP per class with intervals, the kinds of errors."""
+    from pipelines.compare import compare_evaluations
+    from pipelines.stage import read_json
+    from pipelines.workflow import download_model, evaluate_stage, ingest_stage
 
+    comparison = None
     with ray_session(settings):
         data = ingest_stage(settings, store)
         place, _ = latest_checkpoint(settings, store, data, checkpoint)
+        other = download_model(settings, store, data, against)[0] if against else None
         record = evaluate_stage(settings, store, data, place, split)
+        if other is not None:
+            standing = evaluate_stage(settings, store, data, other, split)
+            folders = Path(standing["folder"]), Path(record["folder"])
+            comparison = compare_evaluations(settings, Path(data["folder"]), split, *folders)
     result = record["result"]
-    return {**result, "reused": record["reused"], "text": table(result)}
+    errors = read_json(Path(record["folder"]) / "metrics.json")["errors"]
+    text = table(result, errors) + (f"\n\nAgainst {against}:\n{answer(comparison)}" if comparison else "")
+    return {**result, "errors": errors, "comparison": comparison, "reused": record["reused"], "text": text}
 
 
-def table(result: dict) -> str:
+def table(result: dict, errors: dict) -> str:
     """The figures as text; what has no ground truth says so."""
 
-    def show(value: float | None) -> str:
-        return "no ground truth" if value is None else f"{value:.3f}"
+    def show(value: float | None, interval: list[float] | None = None) -> str:
+        if value is None:
+            return "no ground truth"
+        return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+    def threshold(best: dict | None) -> str:
+        if best is None:
+            return "no ground truth"
+        if best["threshold"] is None:
+            return "nothing found"
+        return f"best F1 {best['f1']:.3f} at score {best['threshold']:.3f}"
 
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
     lines = [f"{result['images']} images of {result['split']}"]
-    lines += [f"{name:<6} {show(result[name])}" for name in names]
-    width = max(len(c["name"]) for c in result["per_class"])
-    lines += [f"{c['name']:<{width}}  AP {show(c['AP'])}  AP50 {show(c['AP50'])}" for c in result["per_class"]]
+    lines += [f"{name:<6} {show(result[name], result['intervals'].get(name))}" for name in names]
+    lines += [f"all    {threshold(result['best_f1'])}", ""]
+    width = max((len(c["name"]) for c in result["per_class"]), default=0)
+    lines += [
+        f"{c['name']:<{width}}  AP {show(c['AP'], c['interval'])}  AP50 {show(c['AP50'])}  {threshold(c['best_f1'])}"
+        if c["truth"] else f"{c['name']:<{width}}  no ground truth"
+        for c in result["per_class"]
+    ]  # fmt: skip
+    if errors["threshold"] is not None:
+        lines += ["", f"Errors at score {errors['threshold']:.3f}, and the AP50 that mending all of a kind would give:"]
+        lines += [
+            f"{kind:<24} {count:>7,}" + ("" if errors["cost"][kind] is None else f"  {errors['cost'][kind]:+.3f}")
+            for kind, count in errors["counts"].items()
+        ]
     return "\n".join(lines)
+
+
+def answer(comparison: dict) -> str:
+    """A comparison with another checkpoint, in words."""
+    from pipelines.compare import in_words
+
+    lines = [in_words(name, comparison[name]) for name in ("AP", "AP50")]
+    return "\n".join([*lines, *(in_words(f"{c['name']}: AP", c) for c in comparison["per_class"])])
 
 
 if __name__ == "__main__":

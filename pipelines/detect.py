@@ -21,12 +21,14 @@ from detr.segmentation import DETRsegm
 class Detector:
     """Detects on PIL images with a copy of a model, made for inference; the model itself is left as it is.
 
-    categories: {"id", "name"} in label order; score_threshold: the model's own.
+    categories: {"id", "name"} in label order; score_threshold: the model's own over all classes; thresholds: float64
+    array, the model's own for each label, from score_thresholds ({category id as text: threshold}), which falls back to
+    score_threshold. None of them is applied by `detect`.
     """
 
     def __init__(
         self, model: DETR | DETRsegm, categories: list[dict[str, Any]], score_threshold: float = 0.5,
-        batch_size: int = 16, device: str | torch.device = "cpu",
+        batch_size: int = 16, device: str | torch.device = "cpu", score_thresholds: dict[str, float] | None = None,
     ):  # fmt: skip
         self.device = torch.device(device)
         if isinstance(model, DETRsegm):
@@ -35,6 +37,8 @@ class Detector:
         self.model.backbone.to(memory_format=torch.channels_last)
         self.categories = categories
         self.score_threshold = score_threshold
+        own = score_thresholds or {}
+        self.thresholds = np.array([own.get(str(category["id"]), score_threshold) for category in categories], float)
         self.batch_size = batch_size
         self.postprocess = PostProcess(model.config.class_loss)
 
@@ -42,7 +46,9 @@ class Detector:
     def load(cls, folder: Path | str, batch_size: int = 16, device: str | torch.device = "cpu") -> Detector:
         """A detector from a checkpoint folder; raises CheckpointError."""
         model, config = load_checkpoint(folder)
-        return cls(model, config["categories"], config["score_threshold"], batch_size, device)
+        return cls(
+            model, config["categories"], config["score_threshold"], batch_size, device, config.get("score_thresholds")
+        )
 
     def detect(self, images: list[Image.Image]) -> list[dict[str, np.ndarray]]:
         """RGB images -> per image boxes float32 [N, 4] (xyxy, pixels of the image, clipped to it), scores

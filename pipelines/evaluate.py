@@ -4,8 +4,10 @@ The numbers are those of pycocotools, to the last digits; faster-coco-eval compu
 """
 from __future__ import annotations
 
-import os
+import math
 import time
+import uuid
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.errors import calibration, confusion, error_types
+from pipelines.matching import IOUS, Matches, match
 from pipelines.progress import progress
+from pipelines.resample import average_precision, image_weights, interval, mean_over_classes
 from pipelines.settings import RunSettings, UserError
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json, write_json
@@ -100,18 +105,18 @@ def coco_metrics(
     1, 10 and max_dets.
 
     Returns {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
-    "per_class": [{"name", "id", "AP", "AP50", "truth", "detections", "best_f1"}] in the categories'
-    order, "precision_recall": {"iou", "recall" [101], "precision" [101] mean over the classes with truth,
+    "per_class": [{"name", "id", "AP", "AP50", "APs", "APm", "APl", "truth", "detections", "best_f1"}] in the
+    categories' order, "precision_recall": {"iou", "recall" [101], "precision" [101] mean over the classes with truth,
     "per_class": [[101] or None]}, "best_f1": {"threshold", "f1", "precision", "recall"}}. `truth` counts
     objects that are no crowd, `detections` those that count under max_dets. best_f1 is at IoU 0.5; its
-    threshold is inclusive and None where there is no detection.
+    threshold lies in the middle between the lowest score that it keeps and the highest that it drops (where it drops
+    none, it is half of the lowest), so that no detection changes sides where a score's last digit differs. It is None
+    where there is no detection.
 
-    Raises ValueError for a detection of an image or category the truth does not have, numbers that are
-    not finite, and image or category ids that occur twice.
+    Raises ValueError as `match`.
     """
-    images, categories, found = _checked(truth, detections, max_dets)
-    limits = [1, min(10, max_dets), max_dets]
-    precision, recall = _accumulate(truth, images, categories, found, limits)[:2]
+    matches = match(truth, detections, max_dets, IOUS[:1])
+    precision, recall = _accumulate(truth, matches, [1, min(10, max_dets), max_dets])
 
     result: dict[str, Any] = {
         "AP": _mean(precision[..., 0, 2]),
@@ -122,19 +127,11 @@ def coco_metrics(
     result |= {f"AR{limit}": _mean(recall[..., 0, at]) for at, limit in enumerate((1, 10, 100))}
     result |= {f"AR{size}": _mean(recall[..., area, 2]) for area, size in enumerate("sml", 1)}
 
-    matches = _match(truth, images, categories, found, max_dets)
-    crowd = np.array([bool(a.get("iscrowd", 0)) for a in truth["annotations"]], bool)
-    counted = np.array([a["category_id"] in categories for a in truth["annotations"]], bool) & ~crowd
-    truth_category = np.array([a["category_id"] for a in truth["annotations"]], np.int64)
-    hit = matches >= 0
-    judged = ~hit  # a detection that lies on a crowd is neither right nor wrong
-    judged[hit] = ~crowd[matches[hit]]
-
+    (right,), (judged,) = matches.right, matches.judged
     per_class, curves = [], []
-    for category in truth["categories"]:
-        at = categories[category["id"]]
-        mine = found["category_id"] == category["id"]
-        objects = int((counted & (truth_category == category["id"])).sum())
+    for at, category in enumerate(truth["categories"]):
+        mine = matches.label == at
+        objects = int((matches.counted & (matches.object_label == at)).sum())
         curve = precision[0, :, at, 0, 2]
         curves.append(np.round(curve, 6).tolist() if objects else None)
         per_class.append(
@@ -143,9 +140,10 @@ def coco_metrics(
                 "id": category["id"],
                 "AP": _mean(precision[:, :, at, 0, 2]),
                 "AP50": _mean(curve),
+                **{f"AP{size}": _mean(precision[:, :, at, area, 2]) for area, size in enumerate("sml", 1)},
                 "truth": objects,
                 "detections": int(mine.sum()),
-                "best_f1": _best_f1(found["score"][mine & judged], hit[mine & judged], objects),
+                "best_f1": _best_f1(matches.score[mine], right[mine], judged[mine], objects),
             }
         )
     known = [curve for curve in curves if curve]
@@ -158,7 +156,7 @@ def coco_metrics(
             "precision": np.round(np.mean(known, axis=0), 6).tolist() if known else None,
             "per_class": curves,
         },
-        "best_f1": _best_f1(found["score"][judged], hit[judged], int(counted.sum())),
+        "best_f1": _best_f1(matches.score, right, judged, int(matches.counted.sum())),
     }
 
 
@@ -169,10 +167,46 @@ def match_detections(
 
     Returns the detections that count under max_dets, as arrays in the given order, and for each the
     position in truth["annotations"] of its match, or -1. Several detections may match one crowd.
-    Raises ValueError as `coco_metrics`.
+    Raises ValueError as `match`.
     """
-    images, categories, found = _checked(truth, detections, max_dets)
-    return found, _match(truth, images, categories, found, max_dets)
+    matches = match(truth, detections, max_dets, IOUS[:1])
+    kept = {
+        "image_id": matches.images[matches.image],
+        "category_id": matches.categories[matches.label],
+        "bbox": matches.box,
+        "score": matches.score,
+    }
+    return kept, matches.found[0]
+
+
+def full_metrics(
+    truth: dict[str, Any], detections: list[dict[str, Any]] | dict[str, np.ndarray], max_dets: int = 100,
+    resamples: int = 0, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """All that is said of a finished model: `coco_metrics`, how sure it is, and where the model errs.
+
+    Beside what `coco_metrics` returns: "interval" of each class (95 % of its AP, by a bootstrap over the images),
+    "intervals": {"AP", "AP50"}, each [low, high], or None without truth or resamples; "confusion", "calibration" and
+    "errors" as pipelines.errors makes them, the first and the last at the overall best-F1 threshold.
+
+    Raises ValueError as `match`.
+    """
+    metrics = coco_metrics(truth, detections, max_dets)
+    matches = match(truth, detections, max_dets)
+    ap = average_precision(matches, image_weights(len(matches.images), resamples, seed))
+    for at, one in enumerate(metrics["per_class"]):
+        one["interval"] = interval(ap[:, at].mean(axis=-1))
+    metrics["intervals"] = {
+        "AP": interval(mean_over_classes(ap.mean(axis=-1))), "AP50": interval(mean_over_classes(ap[..., 0]))
+    }  # fmt: skip
+    threshold = (metrics["best_f1"] or {}).get("threshold")
+    names = [category["name"] for category in truth["categories"]]
+    return {
+        **metrics,
+        "confusion": confusion(matches, names, threshold),
+        "calibration": calibration(matches),
+        "errors": error_types(matches, threshold),
+    }
 
 
 def evaluate(
@@ -181,88 +215,114 @@ def evaluate(
     """Detect on every image of a split with a checkpoint, and measure; Ray is running.
 
     Writes detections.parquet (one row per image, all queries) and metrics.json (everything
-    `coco_metrics` returns) into folder, and returns the twelve numbers, AP per class, the best F1, the
-    split's digest, the files, and the speed of decoding and detecting (without the start of the actor).
-    Raises UserError where checkpoint and dataset disagree on the categories, RuntimeError where not every
-    image was scored exactly once or one cannot be decoded.
+    `full_metrics` returns) into folder, and returns what of it is not a curve or a matrix: the twelve numbers, the
+    figures of each class, the best F1, the intervals; with the split's digest, the files, and the speed of decoding and
+    detecting of all actors together (without their start).
+
+    A checkpoint may lack classes of the dataset; of these it finds nothing. Raises UserError where it has one that
+    the dataset has not, RuntimeError where not every image was scored exactly once or one cannot be decoded.
     """
     import ray
-
 
     shards = split_shards(dataset_folder, split)
     dataset = read_json(Path(dataset_folder) / "dataset.json")
     categories = dataset["categories"]
-    _check_categories(checkpoint, categories, dataset_folder)
+    labels = _dataset_labels(checkpoint, categories, dataset_folder)
     rows = read_split(Path(dataset_folder), split, ["image_id", "file_name", "width", "height", "annotations"])
 
     use_gpu = settings.train.use_gpu
     if use_gpu is None:
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    block = 2 * settings.evaluate.batch_size
+    actors, sharing = places(ray.nodes(), use_gpu)
     images = ray.data.read_parquet(shards, columns=["image_id", "file_name", "image"])
     # A block is what comes back at once: a few batches, so that the bar moves within a shard.
-    stream = images.repartition(target_num_rows_per_block=2 * settings.evaluate.batch_size).map_batches(
+    stream = images.repartition(target_num_rows_per_block=block).map_batches(
         DetectShard,
         fn_constructor_args=(str(checkpoint), "cuda" if use_gpu else "cpu", settings.evaluate.batch_size,
-                             settings.ingest.max_pixels),
+                             settings.ingest.max_pixels, sharing),
         batch_size=settings.evaluate.batch_size,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=1),
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, math.ceil(rows.num_rows / block)))),
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
+        scheduling_strategy="SPREAD",
     )  # fmt: skip
-    tables, seconds = [DETECTIONS.empty_table()], 0.0
+    tables, seconds, counts = [DETECTIONS.empty_table()], Counter(), Counter()
     with progress() as bar:
         task = bar.add_task(f"evaluate {split}", total=rows.num_rows, note="")
         for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             tables.append(batch.select(DETECTIONS.names).cast(DETECTIONS))
-            seconds += pc.sum(batch["seconds"]).as_py()
+            for actor, spent in zip(batch["actor"].to_pylist(), batch["seconds"].to_pylist(), strict=True):
+                seconds[actor] += spent
+                counts[actor] += 1
             bar.advance(task, batch.num_rows)
     detections = pa.concat_tables(tables).sort_by("image_id")
     check_ids(detections["image_id"].to_pylist(), rows["image_id"].to_pylist(), split)
+    detections = _relabelled(detections, labels)
 
-    metrics = coco_metrics(
-        coco_truth(rows, categories), detections_to_coco(detections, categories), settings.evaluate.max_dets
-    )
+    metrics = full_metrics(
+        coco_truth(rows, categories), detections_to_coco(detections, categories), settings.evaluate.max_dets,
+        settings.evaluate.resamples, settings.seed,
+    )  # fmt: skip
     folder = Path(folder)
     pq.write_table(detections, folder / "detections.parquet")
     head = {
-        "format": 1,
+        "format": 2,
         "split": split,
         "images": rows.num_rows,
         "dataset_digest": dataset["digest"],
         "max_dets": settings.evaluate.max_dets,
+        "resamples": settings.evaluate.resamples,
     }
     write_json(folder / "metrics.json", head | metrics)
-    numbers = {key: value for key, value in metrics.items() if key not in ("per_class", "precision_recall")}
+    kept_apart = ("precision_recall", "confusion", "calibration", "errors")
     return {
-        **numbers,
-        "per_class": [{key: c[key] for key in ("name", "id", "AP", "AP50")} for c in metrics["per_class"]],
+        **{key: value for key, value in metrics.items() if key not in kept_apart},
         "split": split,
         "split_digest": dataset["splits"][split]["digest"],
         "images": rows.num_rows,
-        "images_per_second": round(rows.num_rows / seconds, 2) if seconds else None,
+        "images_per_second": round(sum(counts[a] / seconds[a] for a in counts), 2) if counts else None,
         "detections": str(folder / "detections.parquet"),
         "metrics": str(folder / "metrics.json"),
     }
 
 
-class DetectShard:
-    """Ray Data actor: batches of encoded images -> rows of detections (DETECTIONS) and `seconds` spent on each."""
+def places(nodes: list[dict[str, Any]], use_gpu: bool) -> tuple[int, int]:
+    """How many actors the cluster (`ray.nodes()`) is to have, and how many of them at most share a node.
 
-    def __init__(self, checkpoint: str, device: str, batch_size: int, max_pixels: int):
+    One for each GPU, or without for each node with a CPU.
+    """
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    if use_gpu:
+        gpus = [int(resources.get("GPU", 0)) for resources in there]
+        return max(1, sum(gpus)), max([1, *gpus])
+    return max(1, sum(resources.get("CPU", 0) >= 1 for resources in there)), 1
+
+
+class DetectShard:
+    """Ray Data actor: batches of encoded images -> rows of detections (DETECTIONS), `seconds` spent on each, `actor`.
+
+    sharing: how many actors share the cores of a node.
+    """
+
+    def __init__(self, checkpoint: str, device: str, batch_size: int, max_pixels: int, sharing: int = 1):
         import torch
+        from joblib import cpu_count
 
         from pipelines.detect import Detector
 
-        torch.set_num_threads(os.cpu_count() or 1)  # the one actor has the machine; Ray tells it one thread
+        torch.set_num_threads(max(1, cpu_count() // sharing))  # Ray tells an actor one
         self.detector = Detector.load(checkpoint, batch_size, device)
         self.max_pixels = max_pixels
+        self.name = uuid.uuid4().hex
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         rows = detect_rows(self.detector, batch, self.max_pixels)
         seconds = (time.monotonic() - started) / rows.num_rows
-        return rows.append_column("seconds", pa.array([seconds] * rows.num_rows, pa.float64()))
+        rows = rows.append_column("seconds", pa.array([seconds] * rows.num_rows, pa.float64()))
+        return rows.append_column("actor", pa.array([self.name] * rows.num_rows, pa.string()))
 
 
 def detect_rows(detector: Detector, rows: pa.Table, max_pixels: int) -> pa.Table:
@@ -303,124 +363,75 @@ def check_ids(seen: list[int], expected: list[int], split: str) -> None:
         )
 
 
-def _check_categories(checkpoint: Path, categories: list[dict[str, Any]], dataset_folder: Path) -> None:
+def _dataset_labels(checkpoint: Path, categories: list[dict[str, Any]], dataset_folder: Path) -> list[int]:
+    """The dataset's label of each of the checkpoint's, by category id."""
     path = Path(checkpoint) / "config.json"
     if not path.is_file():
         raise UserError(f"{checkpoint} is no checkpoint: there is no config.json in it.", 2)
-    theirs = [(c["id"], c["name"]) for c in read_json(path)["categories"]]
-    ours = [(c["id"], c["name"]) for c in categories]
-    if theirs != ours:
-        at = next((i for i, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]), None)
-        detail = f"label {at} is {theirs[at]} and {ours[at]}" if at is not None else (
-            f"there are {len(theirs)} and {len(ours)}"
-        )  # fmt: skip
-        raise UserError(
-            f"The checkpoint {checkpoint} and the dataset in {dataset_folder} have different categories "
-            f"({detail}); evaluate on the dataset it was trained for, or train on this one.",
-            2,
-        )
-
-
-def _checked(
-    truth: dict[str, Any], detections: list[dict[str, Any]] | dict[str, np.ndarray], max_dets: int
-) -> tuple[dict[int, int], dict[int, int], dict[str, np.ndarray]]:
-    """Positions of image and category ids in ascending order, and the detections that count, as arrays."""
-    if not isinstance(detections, dict):
-        keys = ("image_id", "category_id", "bbox", "score")
-        detections = {key: [detection[key] for detection in detections] for key in keys}
-    found = {
-        "image_id": np.asarray(detections["image_id"], np.int64).reshape(-1),
-        "category_id": np.asarray(detections["category_id"], np.int64).reshape(-1),
-        "bbox": np.asarray(detections["bbox"], np.float64).reshape(-1, 4),
-        "score": np.asarray(detections["score"], np.float64).reshape(-1),
-    }
-    if len({len(values) for values in found.values()}) != 1:
-        raise ValueError("detections are of unequal lengths")
-    if not (np.isfinite(found["bbox"]).all() and np.isfinite(found["score"]).all()):
-        raise ValueError("a detection has a box or a score that is not finite")
-    positions = []
-    for what, key in (("images", "image_id"), ("categories", "category_id")):
-        ids = sorted(item["id"] for item in truth[what])
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"the truth names {len(ids) - len(set(ids))} of its {what} twice")
-        unknown = set(found[key].tolist()) - set(ids)
-        if unknown:
-            raise ValueError(
-                f"detections name {len(unknown)} {key} the truth does not have, such as {min(unknown)}"
+    ours = {category["id"]: (at, category["name"]) for at, category in enumerate(categories)}
+    labels = []
+    for theirs in read_json(path)["categories"]:
+        at, name = ours.get(theirs["id"], (None, None))
+        if name != theirs["name"]:
+            there = f" (id {theirs['id']} is {name!r} there)" if at is not None else ""
+            raise UserError(
+                f"The checkpoint {checkpoint} has a class {theirs['name']!r} with the id {theirs['id']}, which the "
+                f"dataset in {dataset_folder} does not have{there}; evaluate on a dataset with its classes, or "
+                "train on this one.",
+                2,
             )
-        positions.append({item: at for at, item in enumerate(ids)})
-    lost = {annotation["image_id"] for annotation in truth["annotations"]} - positions[0].keys()
-    if lost:
-        raise ValueError(f"annotations name {len(lost)} images the truth does not have, such as {min(lost)}")
-
-    # The best max_dets of each image and class; among equal scores those that come first, as pycocotools.
-    order = np.lexsort((-found["score"], found["category_id"], found["image_id"]))
-    groups = np.stack([found["image_id"][order], found["category_id"][order]], axis=1)
-    starts = np.flatnonzero(np.r_[True, (groups[1:] != groups[:-1]).any(axis=1)]) if len(order) else order
-    rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
-    keep = np.sort(order[rank < max_dets])
-    return positions[0], positions[1], {key: values[keep] for key, values in found.items()}
+        labels.append(at)
+    return labels
 
 
-def _accumulate(truth, images, categories, found, limits, only_matching=False):
-    """faster-coco-eval: precision [IoU, 101, class, area, limit], recall [IoU, class, area, limit], matches.
+def _relabelled(detections: pa.Table, labels: list[int]) -> pa.Table:
+    """The detections with labels[label] for each label."""
+    given = detections["labels"].combine_chunks()
+    values = np.asarray(labels, np.int32)[given.flatten().to_numpy(zero_copy_only=False)]
+    column = pa.ListArray.from_arrays(given.offsets, pa.array(values, pa.int32()))
+    return detections.set_column(detections.schema.get_field_index("labels"), DETECTIONS.field("labels"), column)
 
-    Ids are renumbered: an annotation id 0 or one used twice spoils the matching otherwise.
+
+def _accumulate(truth: dict[str, Any], matches: Matches, limits: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """faster-coco-eval: precision [IoU, 101, class, area, limit] and recall [IoU, class, area, limit].
+
+    Ids are renumbered: an annotation id 0 or one used twice spoils the library's matching otherwise.
     """
     from faster_coco_eval.core.coco import COCO
     from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
+    images, categories = len(matches.images), len(matches.categories)
+    if not images or not categories:  # the library divides by their number
+        shape = (len(IOUS), 101, categories, 4, 3)
+        return np.full(shape, -1.0), np.full(shape[:1] + shape[2:], -1.0)
     base = {
-        "images": [{"id": at} for at in images.values()],
-        "categories": [{"id": at + 1, "name": str(at)} for at in categories.values()],
+        "images": [{"id": at} for at in range(images)],
+        "categories": [{"id": at + 1, "name": str(at)} for at in range(categories)],
     }
+    places = zip(matches.object_image.tolist(), matches.object_label.tolist(), truth["annotations"], strict=True)
     objects = [
         {
             "id": number,
-            "image_id": images[annotation["image_id"]],
-            "category_id": categories[annotation["category_id"]] + 1,
+            "image_id": image,
+            "category_id": label + 1,
             "bbox": annotation["bbox"],
             "area": annotation["area"],
             "iscrowd": int(annotation.get("iscrowd", 0)),
         }
-        for number, annotation in enumerate(truth["annotations"], 1)
-        if annotation["category_id"] in categories
+        for number, (image, label, annotation) in enumerate(places, 1)
+        if label >= 0
     ]
-    columns = (found[key].tolist() for key in ("image_id", "category_id", "bbox", "score"))
-    found_objects = [
-        {
-            "id": number,
-            "image_id": images[image],
-            "category_id": categories[category] + 1,
-            "bbox": box,
-            "area": box[2] * box[3],
-            "score": score,
-            "iscrowd": 0,
-        }
-        for number, (image, category, box, score) in enumerate(zip(*columns, strict=True), 1)
+    areas = matches.box[:, 2] * matches.box[:, 3]
+    columns = (values.tolist() for values in (matches.image, matches.label + 1, matches.box, areas, matches.score))
+    found = [
+        {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": area, "score": score}
+        for number, (image, category, box, area, score) in enumerate(zip(*columns, strict=True), 1)
     ]
-    truth_coco, found_coco = (COCO(base | {"annotations": items}) for items in (objects, found_objects))
+    truth_coco, found_coco = (COCO(base | {"annotations": items}) for items in (objects, found))
     run = COCOeval_faster(truth_coco, found_coco, "bbox")
     run.params.maxDets = limits
-    if only_matching:
-        # With one threshold and one range of areas, "matched" is exactly that matching.
-        run.params.iouThrs = np.array([IOU])
-        run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], run.params.areaRngLbl[:1]
-    if not images or not categories:  # the library divides by their number
-        shape = (len(run.params.iouThrs), 101, len(categories), 4, 3)
-        return np.full(shape, -1.0), np.full(shape[:1] + shape[2:], -1.0), {}
     run.evaluate()
-    return run.eval["precision"], run.eval["recall"], run.eval["matched"]
-
-
-def _match(truth, images, categories, found, max_dets) -> np.ndarray:
-    limits = [1, min(10, max_dets), max_dets]
-    pairs = _accumulate(truth, images, categories, found, limits, only_matching=True)[2]
-    matches = np.full(len(found["score"]), -1, np.int64)
-    for pair in pairs:
-        detection, annotation = pair.split("_")
-        matches[int(detection) - 1] = int(annotation) - 1
-    return matches
+    return run.eval["precision"], run.eval["recall"]
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -429,21 +440,28 @@ def _mean(values: np.ndarray) -> float | None:
     return float(np.mean(values)) if values.size else None
 
 
-def _best_f1(scores: np.ndarray, hits: np.ndarray, truth: int) -> dict[str, float | None] | None:
+def _best_f1(scores: np.ndarray, right: np.ndarray, judged: np.ndarray, truth: int) -> dict[str, float | None] | None:
     """The score threshold with the best F1; among equals the highest. None without truth."""
     if not truth:
         return None
-    if not len(scores):
+    if not judged.any():
         return {"threshold": None, "f1": 0.0, "precision": None, "recall": 0.0}
     order = np.argsort(-scores, kind="stable")
-    scores, right = scores[order], np.cumsum(hits[order])
-    last = np.r_[scores[1:] != scores[:-1], True]  # a threshold takes all of equal score or none
-    kept = np.arange(1, len(scores) + 1)[last]
-    f1 = 2 * right[last] / (kept + truth)
+    scores, right, kept = scores[order], np.cumsum(right[order]), np.cumsum(judged[order])
+    last = np.r_[scores[1:] != scores[:-1], True] & (kept > 0)  # a threshold takes all of equal score or none
+    scores, right, kept = scores[last], right[last], kept[last]
+    f1 = 2 * right / (kept + truth)
     best = int(np.argmax(f1))
+    lowest = float(scores[best])
+    if best + 1 < len(scores):
+        dropped = float(scores[best + 1])
+        threshold = dropped + (lowest - dropped) / 2
+        threshold = threshold if threshold > dropped else lowest  # nothing lies between them
+    else:
+        threshold = lowest - abs(lowest) / 2
     return {
-        "threshold": float(scores[last][best]),
+        "threshold": threshold,
         "f1": float(f1[best]),
-        "precision": float(right[last][best] / kept[best]),
-        "recall": float(right[last][best] / truth),
+        "precision": float(right[best] / kept[best]),
+        "recall": float(right[best] / truth),
     }

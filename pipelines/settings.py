@@ -335,6 +335,9 @@ class SweepSettings(Settings):
 class EvaluateSettings(Settings):
     batch_size: int = Field(16, gt=0)
     max_dets: int = Field(100, gt=0, description="detections per image that count, as COCO's maxDets")
+    resamples: int = Field(
+        1000, ge=0, description="how often the images are drawn anew to say how sure AP is (bootstrap); 0: not at all"
+    )
 
 
 class GateSettings(Settings):

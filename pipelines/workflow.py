@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 APPLICATION_VERSION = "2"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
-VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 8, "evaluate": 1, "predict": 1, "report": 3}
+VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 8, "evaluate": 2, "predict": 1, "report": 3}
 GATE_REFUSED = 3
 
 Record = dict[str, Any]
@@ -93,7 +93,8 @@ def evaluate_stage(settings: RunSettings, store: Path, data: Record, checkpoint:
         raise UserError(f"The dataset has no split {split!r}; it has {', '.join(dataset['splits'])}.", 2)
     inputs = {"weights": weights_digest(checkpoint), "split": split, "split_digest": dataset["splits"][split]["digest"],
               "dataset": dataset["digest"]}  # fmt: skip
-    chosen = {"evaluate": settings.evaluate.model_dump(), "max_pixels": settings.ingest.max_pixels}
+    chosen = {"evaluate": settings.evaluate.model_dump(), "max_pixels": settings.ingest.max_pixels,
+              "seed": settings.seed}  # fmt: skip
     return _stage(store, "evaluate", chosen, inputs,
                   lambda folder: evaluate(settings, Path(data["folder"]), checkpoint, split, folder))  # fmt: skip
 

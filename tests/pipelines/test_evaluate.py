@@ -15,9 +15,13 @@ from pipelines.evaluate import (
     coco_truth,
     detections_to_coco,
     evaluate,
+    full_metrics,
     match_detections,
+    places,
     split_shards,
 )
+from pipelines.matching import match
+from pipelines.resample import average_precision
 from pipelines.settings import UserError, load_settings
 from pipelines.stage import write_json
 
@@ -25,7 +29,7 @@ TWELVE = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "AR
 
 
 def pycocotools_numbers(truth, detections, max_dets=100):
-    """The twelve numbers and AP per class, by the reference implementation; None where it says -1."""
+    """The twelve numbers, and AP, APs, APm, APl per class, by the reference implementation; None where it says -1."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -33,7 +37,13 @@ def pycocotools_numbers(truth, detections, max_dets=100):
         gt = COCO()
         gt.dataset = json.loads(json.dumps(truth))
         gt.createIndex()
-        run = COCOeval(gt, gt.loadRes(json.loads(json.dumps(detections))), "bbox")
+        if detections:
+            found = gt.loadRes(json.loads(json.dumps(detections)))
+        else:
+            found = COCO()
+            found.dataset = {**gt.dataset, "annotations": []}
+            found.createIndex()
+        run = COCOeval(gt, found, "bbox")
         run.params.maxDets = [1, 10, max_dets]
         run.evaluate()
         run.accumulate()
@@ -42,11 +52,18 @@ def pycocotools_numbers(truth, detections, max_dets=100):
             ap = run.eval["precision"][..., 0, 2]
             run.stats[0] = ap[ap > -1].mean() if (ap > -1).any() else -1
     numbers = dict(zip(TWELVE, (None if value == -1 else float(value) for value in run.stats), strict=True))
-    per_class = []
-    for at in range(len(truth["categories"])):
-        ap = run.eval["precision"][:, :, at, 0, 2]
-        per_class.append(float(ap[ap > -1].mean()) if (ap > -1).any() else None)
+    per_class = {}
+    for at, category in enumerate(sorted(category["id"] for category in truth["categories"])):
+        for area, name in enumerate(("AP", "APs", "APm", "APl")):
+            ap = run.eval["precision"][:, :, at, area, 2]
+            per_class[category, name] = float(ap[ap > -1].mean()) if (ap > -1).any() else None
     return numbers, per_class
+
+
+def our_numbers(metrics):
+    """The same of what `coco_metrics` returns."""
+    per_class = {(c["id"], name): c[name] for c in metrics["per_class"] for name in ("AP", "APs", "APm", "APl")}
+    return {key: metrics[key] for key in TWELVE}, per_class
 
 
 def random_case(seed):
@@ -75,13 +92,74 @@ def random_case(seed):
 @pytest.mark.parametrize("max_dets", [100, 12])
 def test_numbers_equal_pycocotools(seed, max_dets):
     truth, detections = random_case(seed)
-    ours = coco_metrics(truth, detections, max_dets)
-    theirs, per_class = pycocotools_numbers(truth, detections, max_dets)
+    ours, per_class = our_numbers(coco_metrics(truth, detections, max_dets))
+    theirs, their_classes = pycocotools_numbers(truth, detections, max_dets)
     if max_dets == 100:
-        for key in TWELVE:
-            assert ours[key] == pytest.approx(theirs[key], abs=1e-12), key
+        assert ours == pytest.approx(theirs, abs=1e-12)
     assert ours["AP"] == pytest.approx(theirs["AP"], abs=1e-12)
-    assert [c["AP"] for c in ours["per_class"]] == pytest.approx(per_class, abs=1e-12)
+    assert per_class == pytest.approx(their_classes, abs=1e-12)
+
+
+def hard_case(seed):
+    """What is on an edge: ids that are 0 or large, equal scores, areas of exactly 32² and 96², boxes of no area or that
+    overlap by half, crowds upon objects, a class without truth or alone with it, images without anything, and more than
+    100 detections of one class in an image."""
+    random = np.random.default_rng(seed)
+    categories = [{"id": i, "name": f"class {i}"} for i in random.permutation([0, 5, 2**40]).tolist()]
+    images = [{"id": i, "file_name": f"{i}.png", "width": 400, "height": 300} for i in (0, 3, 2**52, 9, 4)]
+    sizes = [(32, 32), (64, 16), (96, 96), (0, 20), (20, 10), (10, 10), (200, 150), (31.999, 32)]
+    with_truth = random.choice([0, 5, 2**40], random.integers(1, 3), replace=False).tolist()
+    annotations, detections = [], []
+
+    def add(image, category, box):
+        detections.append({"image_id": image, "category_id": category, "bbox": [float(value) for value in box],
+                           "score": float(np.round(random.random(), 1))})  # fmt: skip
+
+    for image in images[: random.integers(1, 5)]:
+        for _ in range(random.integers(0, 6)):
+            width, height = sizes[random.integers(len(sizes))]
+            x, y = random.integers(0, 100, 2).tolist()
+            category = with_truth[random.integers(len(with_truth))]
+            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], "category_id": category,
+                                "bbox": [x, y, width, height], "iscrowd": int(random.random() < 0.2),
+                                "area": [width * height, 32**2, 96**2][random.integers(3)]})  # fmt: skip
+            for box in ([x, y, width, height], [x, y, width / 2, height], [x + 1, y, width, height], [x, y, 32, 32]):
+                for _ in range(random.integers(0, 3)):
+                    add(image["id"], category if random.random() < 0.7 else categories[0]["id"], box)
+    if seed % 4 == 0:
+        for _ in range(130):
+            add(images[0]["id"], with_truth[0], [*random.integers(0, 100, 2), *random.integers(0, 100, 2)])
+    return {"images": images, "annotations": annotations, "categories": categories}, detections
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_numbers_equal_pycocotools_on_the_edges(seed):
+    truth, detections = hard_case(seed)
+    ours, per_class = our_numbers(coco_metrics(truth, detections))
+    theirs, their_classes = pycocotools_numbers(truth, detections)
+    assert ours == pytest.approx(theirs, abs=1e-12)
+    assert per_class == pytest.approx(their_classes, abs=1e-12)
+
+
+@pytest.mark.parametrize("max_dets", [100, 7])
+@pytest.mark.parametrize("case", [random_case, hard_case])
+@pytest.mark.parametrize("seed", range(16))
+def test_average_precision_of_our_matching_is_cocos(case, seed, max_dets):
+    truth, detections = case(seed)
+    metrics = coco_metrics(truth, detections, max_dets)
+    matches = match(truth, detections, max_dets)
+    (ap,) = average_precision(matches, np.ones((1, len(truth["images"])), int))
+    expected = [np.nan if c["AP"] is None else c["AP"] for c in metrics["per_class"]]
+    np.testing.assert_allclose(ap.mean(axis=-1), expected, atol=1e-12)
+    np.testing.assert_allclose(ap[:, 0], [np.nan if c["AP50"] is None else c["AP50"] for c in metrics["per_class"]],
+                               atol=1e-12)  # fmt: skip
+
+
+def test_a_hard_case_is_hard():
+    cases = [hard_case(seed) for seed in range(60)]
+    found = [coco_metrics(*case) for case in cases]
+    assert sum(metrics["AP"] is not None and 0 < metrics["AP"] < 1 for metrics in found) > 40
+    assert any(metrics["AP"] is None for metrics in found) and any(not detections for _, detections in cases)
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +190,39 @@ def test_perfect_detections_on_bccd(bccd_val):
 def test_jittered_bccd_equals_pycocotools_on_the_source_file(bccd_val):
     source, truth = bccd_val
     detections = as_detections(truth, jitter=8.0)
-    ours, (theirs, per_class) = coco_metrics(truth, detections), pycocotools_numbers(source, detections)
-    assert {key: ours[key] for key in TWELVE} == pytest.approx(theirs, abs=1e-12)
-    assert [c["AP"] for c in ours["per_class"]] == pytest.approx(per_class, abs=1e-12)
-    assert 0.05 < ours["AP"] < 0.95
+    ours, theirs = our_numbers(coco_metrics(truth, detections)), pycocotools_numbers(source, detections)
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-12) and ours[1] == pytest.approx(theirs[1], abs=1e-12)
+    assert 0.05 < ours[0]["AP"] < 0.95
+
+
+@pytest.mark.parametrize("name", ["bccd/instances_val", "bccd/instances_test", "coco128/instances_train"])
+def test_a_middling_model_on_real_truth_equals_pycocotools(shared_data, name):
+    """Truth that is shifted, left out, found twice and found as something else, and boxes where nothing is."""
+    source = json.loads((shared_data / f"{name}.json").read_text())
+    random = np.random.default_rng(0)
+    ids, detections = [c["id"] for c in source["categories"]], []
+
+    def add(image, category, box, score):
+        detections.append({"image_id": image, "category_id": int(category), "bbox": box.tolist(), "score": score})
+
+    for annotation in source["annotations"]:
+        for _ in range(random.choice(3, p=[0.15, 0.65, 0.2])):
+            box = np.array(annotation["bbox"], float)
+            box[:2] += random.normal(0, 0.08, 2) * box[2:]
+            box[2:] *= np.exp(random.normal(0, 0.1, 2))
+            category = annotation["category_id"] if random.random() < 0.9 else random.choice(ids)
+            add(annotation["image_id"], category, box, float(np.round(random.beta(4, 2), 2)))
+    for image in source["images"]:
+        for _ in range(random.integers(0, 4)):
+            add(image["id"], random.choice(ids), random.uniform(5, 150, 4), float(random.beta(2, 4)))
+    by_image = {image["id"]: [] for image in source["images"]}
+    for annotation in source["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    rows = [{"image_id": i["id"], "annotations": by_image[i["id"]], **i} for i in source["images"]]
+    ours = our_numbers(coco_metrics(coco_truth(rows, source["categories"]), detections))
+    theirs = pycocotools_numbers(source, detections)
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-12) and ours[1] == pytest.approx(theirs[1], abs=1e-12)
+    assert 0.1 < ours[0]["AP"] < 0.9
 
 
 def test_order_of_images_and_detections_changes_nothing():
@@ -152,12 +259,12 @@ def found(box, score, category=1):
 
 def test_best_f1_by_hand():
     # Three objects. By score: hit .9, hit .8, wrong .7, hit .6, wrong .5
-    # F1: 2/4, 4/5, 4/6, 6/7, 6/8 -> threshold .6 with precision 3/4 and recall 1.
+    # F1: 2/4, 4/5, 4/6, 6/7, 6/8 -> keep from .6 on, with precision 3/4 and recall 1; cut in the middle to .5.
     truth = one_image([[0, 0, 10, 10], [20, 0, 10, 10], [40, 0, 10, 10]])
     detections = [found([0, 0, 10, 10], 0.9), found([20, 0, 10, 10], 0.8), found([70, 70, 10, 10], 0.7),
                   found([40, 0, 10, 10], 0.6), found([80, 10, 10, 10], 0.5)]  # fmt: skip
     metrics = coco_metrics(truth, detections)
-    best = {"threshold": 0.6, "f1": 6 / 7, "precision": 0.75, "recall": 1.0}
+    best = {"threshold": 0.55, "f1": 6 / 7, "precision": 0.75, "recall": 1.0}
     assert metrics["best_f1"] == pytest.approx(best)
     assert metrics["per_class"][0]["best_f1"] == metrics["best_f1"]
     assert metrics["per_class"][1]["best_f1"] is None
@@ -166,8 +273,26 @@ def test_best_f1_by_hand():
 def test_best_f1_cannot_cut_between_equal_scores():
     truth = one_image([[0, 0, 10, 10]])
     metrics = coco_metrics(truth, [found([0, 0, 10, 10], 0.5), found([70, 70, 10, 10], 0.5)])
-    best = {"threshold": 0.5, "f1": 2 / 3, "precision": 0.5, "recall": 1.0}
+    best = {"threshold": 0.25, "f1": 2 / 3, "precision": 0.5, "recall": 1.0}
     assert metrics["best_f1"] == pytest.approx(best)
+
+
+def test_the_best_threshold_is_on_no_detection():
+    truth = one_image([[0, 0, 10, 10], [50, 50, 40, 40]], crowd={1})
+    right, wrong, on_the_crowd = found([0, 0, 10, 10], 0.9), found([70, 0, 9, 9], 0.5), found([52, 52, 8, 8], 0.7)
+    best = coco_metrics(truth, [right, wrong, on_the_crowd])["best_f1"]
+    assert best["threshold"] == pytest.approx(0.8) and best["f1"] == 1.0  # and not 0.7, half-way to the wrong one
+    low = np.nextafter(0.9, 0)
+    best = coco_metrics(truth, [right, {**wrong, "score": low}])["best_f1"]
+    assert low < best["threshold"] <= 0.9 and best["f1"] == 1.0
+    for seed in range(12):
+        truth, detections = random_case(seed)
+        best, scores = coco_metrics(truth, detections)["best_f1"], np.array([d["score"] for d in detections])
+        _, matches = match_detections(truth, [d for d in detections if d["score"] >= best["threshold"]])
+        crowd = np.array([a["iscrowd"] for a in truth["annotations"]], bool)
+        judged = (matches < 0) | ~crowd[matches]
+        assert np.abs(scores - best["threshold"]).min() > 1e-3
+        assert best["precision"] == pytest.approx((matches[judged] >= 0).mean())
 
 
 def test_crowds_are_neither_right_nor_wrong():
@@ -176,7 +301,7 @@ def test_crowds_are_neither_right_nor_wrong():
     metrics = coco_metrics(truth, [found([0, 0, 10, 10], 0.4), *on_the_crowd])
     assert metrics["AP"] == 1.0
     assert metrics["per_class"][0]["truth"] == 1
-    assert metrics["best_f1"] == pytest.approx({"threshold": 0.4, "f1": 1.0, "precision": 1.0, "recall": 1.0})
+    assert metrics["best_f1"] == pytest.approx({"threshold": 0.2, "f1": 1.0, "precision": 1.0, "recall": 1.0})
 
 
 def test_a_second_detection_of_an_object_matches_nothing():
@@ -307,6 +432,36 @@ def small_checkpoint(tmp_path_factory):
     return folder
 
 
+def test_an_actor_for_each_gpu_or_else_for_each_node():
+    def node(alive=True, **resources):
+        return {"Alive": alive, "Resources": {"memory": 1e9, **resources}}
+
+    nodes = [node(), node(CPU=8.0, GPU=2.0), node(CPU=64.0), node(CPU=8.0, GPU=1.0), node(False, CPU=9.0, GPU=9.0)]
+    assert places(nodes, use_gpu=True) == (3, 2)  # two of them share a node's cores
+    assert places(nodes, use_gpu=False) == (3, 1)
+    assert places([node(CPU=2.0)], use_gpu=False) == places([node(CPU=2.0)], use_gpu=True) == (1, 1)
+
+
+def test_a_full_evaluation_says_more_and_the_same():
+    truth, detections = random_case(2)
+    short, full = coco_metrics(truth, detections), full_metrics(truth, detections, resamples=60, seed=3)
+    assert full == full_metrics(truth, detections, resamples=60, seed=3)
+    assert full["intervals"] != full_metrics(truth, detections, resamples=60, seed=4)["intervals"]
+    assert all(full[key] == short[key] for key in short if key != "per_class")
+    for name in ("AP", "AP50"):
+        low, high = full["intervals"][name]
+        assert 0 <= low < short[name] < high <= 1
+    for one, before in zip(full["per_class"], short["per_class"], strict=True):
+        assert {key: one[key] for key in before} == before
+        assert (one["interval"] is None) == (one["AP"] is None)
+    assert full["errors"]["threshold"] == full["confusion"]["threshold"] == short["best_f1"]["threshold"]
+    without = full_metrics(truth, detections)
+    assert without["intervals"] == {"AP": None, "AP50": None} and without["per_class"][0]["interval"] is None
+    for nothing in (one_image([]), {"images": [], "annotations": [], "categories": []}):
+        json.dumps(full_metrics(nothing, [], resamples=5), allow_nan=False)
+    json.dumps([full, full_metrics(truth, [], resamples=5)], allow_nan=False)
+
+
 @pytest.mark.ray
 def test_evaluate_scores_every_image_as_the_detector_does(ray_cluster, small_dataset, small_checkpoint, tmp_path):
     from detr.transforms import decode_image
@@ -324,17 +479,50 @@ def test_evaluate_scores_every_image_as_the_detector_does(ray_cluster, small_dat
         np.testing.assert_allclose(found["boxes"], expected["boxes"], atol=1e-2)
         np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-4)
     kept = json.loads((tmp_path / "metrics.json").read_text())
-    assert kept["format"] == 1 and kept["images"] == result["images"] == 5 and kept["dataset_digest"] == "d1"
+    assert kept["format"] == 2 and kept["images"] == result["images"] == 5 and kept["dataset_digest"] == "d1"
     again = coco_metrics(coco_truth(rows, CATEGORIES), detections_to_coco(table, CATEGORIES))
     assert [kept[key] for key in TWELVE] == [result[key] for key in TWELVE] == [again[key] for key in TWELVE]
     assert result["AP"] is not None and result["split_digest"] == "v1"
     assert [c["AP"] is None for c in result["per_class"]] == [False, True]
 
 
+@pytest.mark.ray
+def test_a_checkpoint_with_fewer_classes_is_judged_by_those_of_the_dataset(
+    ray_cluster, small_dataset, small_checkpoint, tmp_path
+):
+    """A dataset that got a class in the middle since: an older model's labels are moved, and find none of it."""
+    from pipelines.compare import compare_evaluations
+
+    folder, _ = small_dataset
+    grown, old, again = (tmp_path / name for name in ("grown", "old", "again"))
+    for place in (grown, old, again):
+        place.mkdir()
+    for shard in folder.glob("*.parquet"):
+        (grown / shard.name).write_bytes(shard.read_bytes())
+    dataset = json.loads((folder / "dataset.json").read_text())
+    categories = [CATEGORIES[0], {"id": 5, "name": "emu"}, CATEGORIES[1]]
+    write_json(grown / "dataset.json", {**dataset, "digest": "d2", "categories": categories})
+    settings = load_settings(None, ["evaluate.resamples=20"])
+    before = evaluate(settings, folder, small_checkpoint, "val", old)
+    after = evaluate(settings, grown, small_checkpoint, "val", again)
+    assert after["AP"] == before["AP"] and [c["name"] for c in after["per_class"]] == ["cat", "emu", "dog"]
+    moved = {0: 0, 1: 2}
+    labels = [pq.read_table(result["detections"])["labels"].to_pylist() for result in (before, after)]
+    assert [[moved[label] for label in image] for image in labels[0]] == labels[1]
+    assert after["images_per_second"] > 0 and after["intervals"]["AP"][0] <= after["AP"] <= after["intervals"]["AP"][1]
+
+    found = compare_evaluations(settings, grown, "val", again, again)
+    assert found["AP"] == {"first": after["AP"], "second": after["AP"], "difference": 0.0, "low": 0.0, "high": 0.0}
+    with pytest.raises(UserError, match="of dataset d1, not of 'val' of d2"):
+        compare_evaluations(settings, grown, "val", old, again)
+
+
 def test_a_checkpoint_for_other_categories_is_refused(small_dataset, tmp_path):
     write_json(tmp_path / "config.json", {"categories": [CATEGORIES[0], {"id": 8, "name": "wolf"}]})
-    with pytest.raises(UserError, match=r"label 1 is \(8, 'wolf'\) and \(8, 'dog'\)"):
+    with pytest.raises(UserError, match=r"'wolf' with the id 8, which .* does not have \(id 8 is 'dog' there\)"):
         evaluate(load_settings(), small_dataset[0], tmp_path, "val", tmp_path)
-    write_json(tmp_path / "config.json", {"categories": CATEGORIES[:1]})
-    with pytest.raises(UserError, match="there are 1 and 2"):
+    write_json(tmp_path / "config.json", {"categories": [*CATEGORIES, {"id": 9, "name": "ox"}]})
+    with pytest.raises(UserError, match=r"'ox' with the id 9, which the dataset in .* does not have; evaluate"):
         evaluate(load_settings(), small_dataset[0], tmp_path, "val", tmp_path)
+    with pytest.raises(UserError, match="there is no config"):
+        evaluate(load_settings(), small_dataset[0], tmp_path / "elsewhere", "val", tmp_path)
