@@ -1,34 +1,52 @@
 """One page that says how good the model is, shows what it sees and where it errs, and where it came from."""
 from __future__ import annotations
 
-import base64
-import io
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset
-import pyarrow.parquet as pq
 import yaml
-from PIL import Image
 
-from detr.draw import class_colours, draw_truth_and_detections, picture_grid
-from pipelines.charts import INK, LINES, new_figure, plain, style, svg
-from pipelines.evaluate import coco_truth, detections_to_coco, match_detections
+from detr.checkpoint import CheckpointError
+from detr.draw import class_colours, picture_grid
+from pipelines.charts import (
+    ap_figure,
+    calibration_figure,
+    confusion_figure,
+    curves_figure,
+    differences_figure,
+    errors_figure,
+    loss_figure,
+    precision_recall_figure,
+    svg,
+)
 from pipelines.look import Finding
+from pipelines.pictures import Scenes, jpeg
 from pipelines.settings import RunSettings, UserError
-from pipelines.shards import count_rejects, read_split, split_shards
+from pipelines.shards import count_rejects
 from pipelines.stage import read_json
 from pipelines.trials import BROAD, analyse, significant, trial_figures, trial_rows
 
-SHOWN, MISTAKES = 12, 8  # pictures
-PICTURE_SIDE = 480  # larger images are shrunk to this before they are drawn on
 TRIALS = 30  # rows of the sweep's table
-LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
+CLASSES = 20  # as many have a chart of their own and stand in one table; of more, those that matter come first
+WEAKEST = 10  # classes
+CONFUSIONS, MISSES = 10, 5  # in words
+SURE = 0.05  # scores that are wrong by less on average can be read as probabilities
+
+# What to do about each kind of error.
+ADVICE = {
+    "missed": "Nothing was found where an object is. Show more images of such objects; for small ones a larger "
+    "model.image_size, where images are crowded more model.num_queries.",
+    "background": "Something was found where nothing is labelled. Look whether it is an object that was not labelled; "
+    "if not, add images without objects that look like it.",
+    "wrong class": "Found in place, but taken for another class. See that the two are labelled alike everywhere; add "
+    "images of the rarer one, or join the two.",
+    "poor box": "The right class, but a box that covers it badly (IoU under .50). See that boxes are labelled tightly; "
+    "train longer, or with a larger model.image_size.",
+    "wrong class and poor box": "Near an object, but neither its class nor its box is right. It seldom pays to work on "
+    "it alone.",
+    "duplicate": "One object found more than once. It lessens with longer training and with a higher score threshold.",
+}
 
 
 def report(
@@ -44,12 +62,14 @@ def report(
     folder: Path,
     findings: Sequence[Finding] = (),
     sweep: dict[str, Any] | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Write report.html (one file, no script, nothing fetched), validation_grid.png and curves.png.
 
     evaluations: `evaluate`'s folder of each split; stages: records of `run_stage`, the training's also as
     train_record; registry: what `promote` returned; predictions: figures of a batch job, by name; findings:
-    what `look_at_data` found; sweep: the content of a sweep's trials.json. What is None or empty is said in words, and
+    what `look_at_data` found; sweep: the content of a sweep's trials.json; checkpoint: the folder of what was
+    evaluated, to draw where it looks. What is None, empty or not in an older evaluation is said in words, and
     its picture left out; without a sweep its section is.
 
     Returns {"report", "validation_grid", "curves"}: paths, or None for a picture there was nothing for.
@@ -67,25 +87,34 @@ def report(
                 f"not on {dataset['digest']} in {dataset_folder}; evaluate again."
             )
     judged = next((split for split in ("test", "val", *metrics) if split in metrics), None)
-    shown = next((split for split in ("val", judged) if split in metrics), None)
+    shown = next((split for split in ("val", judged) if split in metrics), None)  # test images are not looked at
     names = [category["name"] for category in dataset["categories"]]
     past = read_json(history) if history is not None else {"steps": [], "validations": []}
+    trained = (train_record or {}).get("result") or {}
+    comparison = _comparison((registry or {}).get("comparison"))
 
-    threshold, pictures, mistakes = None, [], []
+    threshold, grids = None, {"worst": [], "best": [], "typical": []}
+    attention = {"pictures": [], "words": "No evaluation with images was given."}
     grid_path = curves_path = None
     if shown is not None:
         threshold = _threshold(metrics[shown], settings)
-        scenes = _Scenes(dataset_folder, shown, dataset["categories"], evaluations[shown], threshold)
-        mistakes = scenes.worst(settings.evaluate.max_dets)
-        rows = scenes.rows(scenes.spread())
-        drawn = [(row["file_name"], scenes.draw(row)) for row in rows]
-        pictures = [{"name": name, "source": _jpeg(image)} for name, image in drawn]
+        max_dets = settings.evaluate.max_dets
+        scenes = Scenes(dataset_folder, shown, dataset["categories"], evaluations[shown], threshold, max_dets)
+        chosen_images = scenes.grids()
+        for name, chosen in chosen_images.items():
+            rows = scenes.rows([scene["id"] for scene in chosen])
+            grids[name] = [
+                {"name": row["file_name"], "caption": scene["caption"], "source": jpeg(scenes.draw(row))}
+                for row, scene in zip(rows, chosen, strict=True)
+            ]
+        attention = _attention(scenes, chosen_images, checkpoint)
+        drawn = [scenes.draw(row) for row in scenes.rows(scenes.spread())]
         if drawn:
             grid_path = folder / "validation_grid.png"
-            picture_grid([image for _, image in drawn]).save(grid_path, optimize=True)
+            picture_grid(drawn).save(grid_path, optimize=True)
     if past["steps"] or past["validations"]:
         curves_path = folder / "curves.png"
-        _curves(past).savefig(curves_path, dpi=150)
+        curves_figure(past).savefig(curves_path, dpi=150)
 
     page = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -102,22 +131,31 @@ def report(
         judged=judged,
         shown=shown,
         verdict=_verdict(metrics, judged, registry),
+        rules=_rules(registry),
+        comparison=comparison,
         tiles=_tiles(metrics, judged, dataset, train_record, past),
-        loss_curve=svg(_loss_figure(past["steps"])) if past["steps"] else None,
-        ap_curve=svg(_ap_figure(past["validations"])) if past["validations"] else None,
-        pr_curve=svg(_pr_figure(metrics[judged])) if _has_curve(metrics, judged) else None,
+        loss_curve=svg(loss_figure(past["steps"])) if past["steps"] else None,
+        ap_curve=svg(ap_figure(past["validations"])) if past["validations"] else None,
+        pr_curve=svg(precision_recall_figure(metrics[judged])) if _has_curve(metrics, judged) else None,
+        classes=_classes(metrics[judged]) if judged else None,
+        errors=_errors(metrics[judged].get("errors")) if judged else None,
+        confusion=_confusion(metrics[judged].get("confusion")) if judged else None,
+        calibration=_calibration(metrics[judged].get("calibration")) if judged else None,
         sweep=_sweep(sweep) if sweep else None,
-        pictures=pictures,
-        mistakes=mistakes,
+        grids=grids,
+        attention=attention,
         threshold=threshold,
         rejects=count_rejects(dataset_folder),
         findings=findings,
         stages=_stages(stages),
         registry=registry,
-        training=_scalars((train_record or {}).get("result") or {}),
+        training=_scalars({key: value for key, value in trained.items() if key not in ("checkpoint", "history")}),
         predictions=_scalars(predictions or {}),
         settings=yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        lineage=_lineage(dataset, train_record, stages),
+        otherwise=_otherwise(settings, train_record, checkpoint),
+        chain=_chain(dataset, train_record, stages, registry),
+        keys=_keys(train_record, stages),
+        many=len(names) > CLASSES,
         number=_number,
         significant=significant,
         seconds=_seconds,
@@ -131,126 +169,22 @@ def report(
     }
 
 
-class _Scenes:
-    """A split's images with its truth and what was found above the threshold."""
-
-    def __init__(self, dataset_folder: Path, split: str, categories: list, evaluation: Path, threshold: float):
-
-        self.shards = split_shards(dataset_folder, split)
-        self.categories = categories
-        self.names = [category["name"] for category in categories]
-        self.colours = class_colours(self.names)
-        columns = ["image_id", "file_name", "width", "height", "annotations"]
-        self.truth = coco_truth(read_split(Path(dataset_folder), split, columns), categories)
-        table = pq.read_table(Path(evaluation) / "detections.parquet")
-        self.found = detections_to_coco(table, categories)
-        keep = self.found["score"] >= threshold
-        self.found = {key: values[keep] for key, values in self.found.items()}
-
-    def rows(self, ids: list[int]) -> list[dict[str, Any]]:
-        """The shard rows of some images, read alone, in the order of ids."""
-        columns = ["image_id", "file_name", "image", "width", "height", "boxes", "labels"]
-        source = pyarrow.dataset.dataset(self.shards)
-        table = source.to_table(columns, filter=pc.field("image_id").isin(pa.array(ids, pa.int64())))
-        rows = {row["image_id"]: row for row in table.to_pylist()}
-        return [rows[image] for image in ids]
-
-    def spread(self) -> list[int]:
-        """SHOWN images evenly over the split; images with objects are preferred."""
-        with_objects = {annotation["image_id"] for annotation in self.truth["annotations"]}
-        ids = sorted(with_objects) or sorted(image["id"] for image in self.truth["images"])
-        at = np.unique(np.linspace(0, len(ids) - 1, min(SHOWN, len(ids))).round().astype(int))
-        return [ids[i] for i in at]
-
-    def draw(self, row: dict[str, Any]) -> Image.Image:
-        """The row's image with truth and detections on it."""
-        from detr.transforms import decode_image
-
-        image = decode_image(row["image"], row["width"] * row["height"])  # as large as ingest allowed
-        mine = self.found["image_id"] == row["image_id"]
-        boxes = self.found["bbox"][mine].copy()
-        boxes[:, 2:] += boxes[:, :2]
-        truth = np.array(row["boxes"], np.float64).reshape(-1, 4)
-        scale = PICTURE_SIDE / max(image.size)
-        if scale < 1:
-            size = image.size
-            image = image.resize([max(1, round(side * scale)) for side in size], Image.Resampling.LANCZOS)
-            ratio = np.array(image.size * 2) / np.array(size * 2)
-            boxes, truth = boxes * ratio, truth * ratio
-        by_id = {category["id"]: category["name"] for category in self.categories}
-        return draw_truth_and_detections(
-            image,
-            truth,
-            [self.names[label] for label in row["labels"]],
-            boxes,
-            [by_id[category] for category in self.found["category_id"][mine].tolist()],
-            self.found["score"][mine].tolist(),
-            self.colours,
-        )
-
-    def worst(self, max_dets: int) -> list[dict[str, str]]:
-        """The pictures with the most and most confident mistakes, each with a caption in words."""
-        found, matches = match_detections(self.truth, self.found, max_dets)
-        by_id = {category["id"]: category["name"] for category in self.categories}
-        objects, wrong, kept = defaultdict(list), defaultdict(list), Counter(found["image_id"].tolist())
-        for at, annotation in enumerate(self.truth["annotations"]):
-            if not annotation["iscrowd"] and annotation["reject"] is None:
-                objects[annotation["image_id"]].append(at)
-        for at in np.flatnonzero(matches < 0).tolist():
-            wrong[int(found["image_id"][at])].append(at)
-        hit = set(matches.tolist())
-
-        ranked = []
-        for image in self.truth["images"]:
-            here = objects[image["id"]]
-            missed = [at for at in here if at not in hit]
-            false = sorted(wrong[image["id"]], key=lambda at: -found["score"][at])
-            badness = len(missed) + sum(float(found["score"][at]) for at in false)
-            if badness:
-                ranked.append((-badness, image["id"], here, missed, false))
-        ranked.sort(key=lambda item: item[:2])
-        ranked = ranked[:MISTAKES]
-
-        rows = self.rows([item[1] for item in ranked])
-        result = []
-        for row, (_, image, here, missed, false) in zip(rows, ranked, strict=True):
-            words = self._words(found, by_id, here, missed, false, kept[image])
-            more = len(words) - 3
-            caption = "; ".join(words[:3]) + (f"; and {more} more" if more > 0 else "")
-            result.append({"name": row["file_name"], "caption": caption, "source": _jpeg(self.draw(row))})
-        return result
-
-    def _words(self, found, by_id, here, missed, false, kept) -> list[str]:
-        """What went wrong in one image, the gravest first."""
-        if here and not kept:
-            there = "is 1 object" if len(here) == 1 else f"are {len(here)} objects"
-            return [f"found nothing here, where there {there}"]
-        annotations = self.truth["annotations"]
-        boxes = np.array([annotations[at]["bbox"] for at in here], np.float64).reshape(-1, 4)
-        words, taken = [], set()
-        for at in false:
-            name, score = by_id[int(found["category_id"][at])], found["score"][at]
-            overlap = _iou_xywh(found["bbox"][at], boxes)
-            order = np.argsort(-overlap)
-            same = [i for i in order if by_id[annotations[here[i]]["category_id"]] == name]
-            other = [i for i in order if i not in same and overlap[i] >= 0.5]
-            if other:
-                taken.add(here[other[0]])
-                there = by_id[annotations[here[other[0]]]["category_id"]]
-                words.append(f"‘{name}’ found at {score:.2f} where there is a ‘{there}’")
-            elif same and overlap[same[0]] >= 0.5:
-                words.append(f"‘{name}’ found a second time at {score:.2f}")
-            elif same and overlap[same[0]] >= 0.1:
-                words.append(f"‘{name}’ found at {score:.2f}, but out of place (IoU {overlap[same[0]]:.2f})")
-            else:
-                words.append(f"‘{name}’ found at {score:.2f} where nothing is labelled")
-        total = Counter(by_id[annotations[at]["category_id"]] for at in here)
-        lost = Counter(by_id[annotations[at]["category_id"]] for at in missed if at not in taken)
-        misses = [
-            f"missed ‘{name}’" if total[name] == 1 else f"missed {count} of {total[name]} ‘{name}’"
-            for name, count in lost.most_common()
-        ]
-        return misses[:1] + words + misses[1:]
+def _attention(scenes: Scenes, grids: dict[str, list[dict[str, Any]]], checkpoint: Path | None) -> dict[str, Any]:
+    """Where the model looks in a best, a typical and a worst image, or in words why that is not shown."""
+    if checkpoint is None or not (Path(checkpoint) / "model.safetensors").is_file():
+        return {"pictures": [], "words": "The checkpoint is not here, so where it looks is not shown."}
+    seen, chosen = set(scenes.found["image_id"].tolist()), {}
+    for name in ("best", "typical", "worst"):
+        ids = [scene["id"] for scene in grids[name]]
+        if ids:
+            chosen[name] = next((image for image in ids if image in seen), ids[0])
+    try:
+        pictures = scenes.attention(checkpoint, list(chosen.values()))
+    except CheckpointError as error:
+        return {"pictures": [], "words": f"The checkpoint cannot be read: {error}."}
+    for name, picture in zip(chosen, pictures, strict=True):
+        picture["caption"] = f"one of the {name}: {picture['caption']}"
+    return {"pictures": pictures, "words": "There is no image to show it in."}
 
 
 def _threshold(metrics: dict[str, Any], settings: RunSettings) -> float:
@@ -259,20 +193,29 @@ def _threshold(metrics: dict[str, Any], settings: RunSettings) -> float:
     return next(value for value in (best, settings.predict.score_threshold, 0.5) if value is not None)
 
 
-def _verdict(metrics: dict[str, Any], judged: str | None, registry: dict[str, Any] | None) -> dict[str, str]:
-    """The headline, the registry's word on it, and one plain sentence."""
+def _verdict(metrics: dict[str, Any], judged: str | None, registry: dict[str, Any] | None) -> dict[str, Any]:
+    """The headline, the registry's word on it, and plain sentences."""
+    sentences = []
     if judged is None:
-        headline, sentence = "Not measured", "No evaluation was given, so nothing is known about its quality."
+        headline = "Not measured"
+        sentences.append("No evaluation was given, so nothing is known about its quality.")
     else:
         found = metrics[judged]
         headline = f"AP {_number(found['AP'])}, AP50 {_number(found['AP50'])} on the {judged} split"
-        best = found["best_f1"]
+        intervals, best = found.get("intervals") or {}, found["best_f1"]
+        if intervals.get("AP"):
+            inner = f" (AP50 {_between(intervals['AP50'])})" if intervals.get("AP50") else ""
+            sentences.append(
+                f"AP {_number(found['AP'])} on the {judged} split, 95 % sure to be "
+                f"{_between(intervals['AP'])}{inner}: so far could "
+                f"other {found['images']:,} images like these move it."
+            )
         if best is None:
-            sentence = f"The {judged} split has no ground truth to measure against."
+            sentences.append(f"The {judged} split has no ground truth to measure against.")
         elif best["threshold"] is None:
-            sentence = f"It finds nothing at all in the {found['images']} images of the {judged} split."
+            sentences.append(f"It finds nothing at all in the {found['images']} images of the {judged} split.")
         else:
-            sentence = (
+            sentences.append(
                 f"At its best threshold, a score of {best['threshold']:.2f}, it finds {best['recall']:.0%} of the "
                 f"objects in the {found['images']:,} images, and {best['precision']:.0%} of what it finds is right."
             )
@@ -284,7 +227,149 @@ def _verdict(metrics: dict[str, Any], judged: str | None, registry: dict[str, An
         champion = registry["champion"]
         stays = f"The champion stays version {champion}." if champion else "There is no champion."
         kind, word, reason = "no", "Not promoted.", f"{registry['reason']} {stays}"
-    return {"headline": headline, "sentence": sentence, "kind": kind, "word": word, "reason": reason}
+    return {"headline": headline, "sentences": sentences, "kind": kind, "word": word, "reason": reason}
+
+
+def _rules(registry: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The gate's rules, those that were broken first; "words" is None in a verdict of an older version."""
+
+    def show(value: Any) -> str | None:
+        return f"{value:.4g}" if isinstance(value, float) else None if value is None else str(value)
+
+    rules = [
+        {"rule": rule["rule"], "ok": rule["ok"], "words": rule.get("words"), "found": show(rule["figure"]),
+         "asked": show(rule["limit"])}
+        for rule in (registry or {}).get("rules", [])
+    ]  # fmt: skip
+    return sorted(rules, key=lambda rule: rule["ok"])
+
+
+def _comparison(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What `compare_evaluations` found, with a verdict on each row, a sentence on both numbers, and a chart."""
+    if found is None:
+        return None
+
+    def judge(row: dict[str, Any], name: str) -> dict[str, Any]:
+        kind = word = ""
+        if row["difference"] is None:
+            word = "no ground truth"
+        elif row["low"] is None:
+            word = "how sure is not known"
+        elif row["low"] > 0:
+            kind, word = "better", "surely better"
+        elif row["high"] < 0:
+            kind, word = "worse", "surely worse"
+        else:
+            word = "no sure difference"
+        return {**row, "name": name, "kind": kind, "word": word}
+
+    numbers = [judge(found[key], key) for key in ("AP", "AP50")]
+    classes = [judge(row, row["name"]) for row in found["per_class"]]
+    sentences = []
+    for row in numbers:
+        if row["difference"] is None:
+            sentences.append(f"{row['name']}: no ground truth to compare on.")
+            continue
+        change = f"{abs(row['difference']):.3f} {'higher' if row['difference'] > 0 else 'lower'}"
+        if not row["difference"]:
+            change = "the same"
+        sure = "" if row["low"] is None else f" ({row['low']:+.3f} to {row['high']:+.3f}, {found['confidence']:.0%})"
+        sentences.append(
+            f"{row['name']} is {change}{sure}, {row['second']:.3f} instead of {row['first']:.3f}: {row['word']}."
+        )
+    known = sorted((row for row in classes if row["difference"] is not None), key=lambda row: -abs(row["difference"]))
+    sure = [row for row in known if row["low"] is not None]
+    better, worse = (sum(row["kind"] == kind for row in sure) for kind in ("better", "worse"))
+    chance = round((1 - found["confidence"]) * len(sure))
+    if sure:
+        by_chance = f", of which about {chance} would be by chance alone" if chance else ""
+        sentences.append(
+            f"Of {len(sure)} classes {better} are surely better and {worse} surely worse{by_chance}."
+        )
+    charted = sorted(known[:CLASSES], key=lambda row: -row["difference"])
+    return {
+        "images": found["images"],
+        "confidence": found["confidence"],
+        "sentences": sentences,
+        "numbers": numbers,
+        "classes": classes,
+        "first": charted if len(classes) > CLASSES else classes,
+        "chart": svg(differences_figure(charted)) if charted else None,
+    }
+
+
+def _classes(found: dict[str, Any]) -> dict[str, Any]:
+    """The rows of the table per class, and the weakest of many; what an older evaluation lacks is no column."""
+    rows = found["per_class"]
+    known = sorted((row for row in rows if row["AP"] is not None), key=lambda row: row["AP"])
+    return {
+        "rows": rows,
+        "weakest": known[:WEAKEST] if len(rows) > CLASSES else [],
+        "sizes": all("APs" in row for row in rows),
+        "intervals": any(row.get("interval") for row in rows),
+    }
+
+
+def _errors(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Kinds of errors, what costs most first, each with what to do about it."""
+    if found is None:
+        return None
+    rows = [
+        {"kind": kind, "count": found["counts"][kind], "cost": found["cost"][kind], "advice": ADVICE[kind]}
+        for kind in ADVICE
+    ]
+    rows.sort(key=lambda row: (-(row["cost"] or 0), -row["count"]))
+    total = sum(row["count"] for row in rows)
+    return {"rows": rows, "total": total, "threshold": found["threshold"],
+            "chart": svg(errors_figure(rows)) if total else None}  # fmt: skip
+
+
+def _confusion(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What is taken for what: a heat map of few classes, and the commonest confusions in words."""
+    if found is None:
+        return None
+    names, matrix = found["names"], found["matrix"]
+    nothing = len(names) - 1
+    taken = sorted(
+        ((matrix[row][column], row, column) for row in range(nothing) for column in range(nothing) if row != column),
+        key=lambda cell: -cell[0],
+    )
+    words = [
+        f"‘{names[row]}’ taken for ‘{names[column]}’ {_times(count)}, of {sum(matrix[row]):,} labelled"
+        for count, row, column in taken[:CONFUSIONS]
+        if count
+    ]
+    lost = sorted(range(nothing), key=lambda row: -matrix[row][nothing])[:MISSES]
+    false = sorted(range(nothing), key=lambda column: -matrix[nothing][column])[:MISSES]
+    return {
+        "threshold": found["threshold"],
+        "chart": svg(confusion_figure(found)) if nothing <= CLASSES else None,
+        "confused": words,
+        "more": sum(1 for count, *_ in taken[CONFUSIONS:] if count),
+        "missed": [f"‘{names[row]}’ {matrix[row][nothing]:,} of {sum(matrix[row]):,}" for row in lost
+                   if matrix[row][nothing]],
+        "false": [f"‘{names[column]}’ {_times(matrix[nothing][column])}" for column in false
+                  if matrix[nothing][column]],
+    }  # fmt: skip
+
+
+def _calibration(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """How far scores can be read as probabilities, in words and as a chart."""
+    if found is None:
+        return None
+    bins = [b for b in found["bins"] if b["count"]]
+    if found["error"] is None or not bins:
+        return {"words": "There is no detection with a score to judge.", "chart": None}
+    error, total = found["error"], sum(b["count"] for b in bins)
+    sureness = sum(b["count"] * (b["score"] - b["precision"]) for b in bins) / total
+    if error < SURE:
+        means = "they can be read as probabilities"
+    elif abs(sureness) < error / 2:
+        means = "some are too high and others too low; the chart says which"
+    else:
+        means = f"they are too {'high' if sureness > 0 else 'low'}, and no probabilities"
+    words = f"A score is wrong by {error:.3f} on average (expected calibration error): {means}."
+    return {"words": words, "chart": svg(calibration_figure(bins))}
 
 
 def _tiles(metrics, judged, dataset, train_record, past) -> list[dict[str, str]]:
@@ -344,15 +429,75 @@ def _stages(stages: list[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def _lineage(dataset, train_record, stages) -> list[tuple[str, str]]:
-    rows = [(f"dataset {dataset['name']}", dataset["digest"])]
+def _chain(dataset, train_record, stages, registry) -> list[dict[str, Any]]:
+    """From the data to the predictions, a step each: {"what", "which", "digest"}; unknown is None."""
+    records = {record["stage"]: record for record in stages}
+    steps = [{"what": "dataset", "which": dataset["name"], "digest": dataset["digest"]}]
     for split, figures in dataset["splits"].items():
-        rows.append((f"{split} split, from {figures['annotations_file']}", figures["digest"]))
+        which = f"{figures['images']:,} images, from {figures['annotations_file']}"
+        steps.append({"what": f"{split} split", "which": which, "digest": figures["digest"]})
+    run = ((train_record or {}).get("result") or {}).get("run_id")
+    which = f"run {run} in MLflow" if run else "no run in MLflow is known" if train_record else None
+    steps.append({"what": "training", "which": which, "digest": train_record and train_record["key"]})
+
+    weights = records.get("register", {}).get("result", {}).get("weights_sha256")
+    for record in stages:
+        if record["stage"] == "evaluate":
+            weights = weights or record.get("inputs", {}).get("weights")
+    steps.append({"what": "weights", "which": "sha256 of model.safetensors" if weights else None, "digest": weights})
+    for record in stages:
+        if record["stage"] == "evaluate" and "split" in record.get("result", {}):
+            which = f"of the {record['result']['split']} split, on {record['result']['images']:,} images"
+            steps.append({"what": "evaluation", "which": which, "digest": record["key"]})
+
+    predicted = records.get("predict", {})
+    inputs = predicted.get("inputs", {})
+    name, version = inputs.get("model", (None, None))
+    if inputs.get("weights") != weights:
+        name = version = None  # the predictions are another model's
+    made = records.get("register", {}).get("result", {})
+    name, version = made.get("name", name), made.get("version", version) or (registry or {}).get("version")
+    which = f"{name or 'registered'} version {version}" if version else None
+    if which and registry:
+        which += ", champion" if str(registry["champion"]) == str(version) else ", not champion"
+    steps.append({"what": "model", "which": which, "digest": None})
+
+    which = None
+    if inputs:
+        which = f"{predicted['result']['images']:,} images, by {' version '.join(map(str, inputs['model']))}"
+        if weights and inputs["weights"] != weights:
+            which += f", another model (weights {inputs['weights'][:12]}…)"
+    steps.append({"what": "predictions", "which": which, "digest": predicted.get("key")})
+    return steps
+
+
+def _keys(train_record, stages) -> list[tuple[str, str]]:
+    """The key of each stage: a digest of its inputs, settings and version, and its folder's name in the store."""
     records = list(stages)
     if train_record and train_record["key"] not in {record["key"] for record in stages}:
         records.append(train_record)
-    rows += [(f"stage {record['stage']}, version {record['version']}", record["key"]) for record in records]
-    return rows
+    return [(f"{record['stage']}, version {record['version']}", record["key"]) for record in records]
+
+
+def _otherwise(settings, train_record, checkpoint: Path | None) -> list[tuple[str, str, str]]:
+    """Settings the training did not take as given: (name, given, taken), by a sweep or fitted to the data."""
+    given = _flat(settings.model_dump(mode="json"))
+    groups = (train_record or {}).get("settings") or {}
+    taken = _flat({key: value for key, value in groups.items() if isinstance(value, dict)})
+    file = Path(checkpoint) / "config.json" if checkpoint else None
+    if file and file.is_file():
+        taken |= _flat({"model": read_json(file)["model"]})
+    return [
+        (key, str(given[key]), str(value)) for key, value in taken.items() if key in given and given[key] != value
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _scalars(values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -379,6 +524,14 @@ def _number(value: float | None) -> str:
     return "no ground truth" if value is None else f"{value:.3f}"
 
 
+def _between(interval: list[float]) -> str:
+    return f"between {interval[0]:.3f} and {interval[1]:.3f}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
+
+
 def _seconds(value: float) -> str:
     if value < 60:
         return f"{value:.1f} s"
@@ -388,88 +541,5 @@ def _seconds(value: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _iou_xywh(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU of one box [4] with others [N, 4], xywh."""
-    sides = np.minimum(box[:2] + box[2:], others[:, :2] + others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    shared = sides.clip(0).prod(axis=1)
-    return shared / np.maximum(box[2:].prod() + others[:, 2:].prod(axis=1) - shared, 1e-9)
-
-
-def _jpeg(image: Image.Image) -> str:
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-def _draw_losses(axes, steps: list[dict[str, Any]]) -> None:
-    """Each loss over the steps, averaged over at most 300 stretches."""
-    stretches = np.array_split(np.arange(len(steps)), min(300, len(steps)))
-    for name, colour in zip(LOSSES, LINES, strict=False):
-        if any(step.get(name) is None for step in steps):
-            continue
-        values = np.array([step[name] for step in steps], float)
-        at = [steps[stretch[-1]]["step"] for stretch in stretches]
-        means = [values[stretch].mean() for stretch in stretches]
-        axes.plot(at, means, color=colour, linewidth=2 if name == "loss" else 1.2, label=name)
-    style(axes, "step", "loss")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=9)
-
-
-def _draw_ap(axes, validations: list[dict[str, Any]]) -> None:
-    for name, colour in (("AP50", LINES[1]), ("AP", LINES[0])):
-        points = [(v["step"], v[name]) for v in validations if v.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=2, label=name)
-    style(axes, "step", "average precision, validation")
-    axes.set_ylim(0, 1)
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False, fontsize=9)
-
-
-def _loss_figure(steps):
-    figure = new_figure()
-    _draw_losses(figure.subplots(), steps)
-    return figure
-
-
-def _ap_figure(validations):
-    figure = new_figure()
-    _draw_ap(figure.subplots(), validations)
-    return figure
-
-
-def _curves(past):
-    """Losses and AP side by side, as one picture."""
-    parts = [(draw, past[key]) for draw, key in ((_draw_losses, "steps"), (_draw_ap, "validations")) if past[key]]
-    figure = new_figure(4.8 * len(parts), 3.2)
-    for axes, (draw, values) in zip(np.ravel(figure.subplots(1, len(parts))), parts, strict=True):
-        draw(axes, values)
-    return figure
-
-
 def _has_curve(metrics: dict[str, Any], judged: str | None) -> bool:
     return judged is not None and metrics[judged]["precision_recall"]["precision"] is not None
-
-
-def _pr_figure(metrics: dict[str, Any]):
-    """Precision over recall at IoU 0.5: the mean over classes, up to ten classes, the best threshold."""
-    figure = new_figure(5.6, 4.2)
-    axes = figure.subplots()
-    curve = metrics["precision_recall"]
-    classes = [
-        (c["name"], values) for c, values in zip(metrics["per_class"], curve["per_class"], strict=True) if values
-    ]
-    if 1 < len(classes) <= len(LINES) - 1:
-        for (name, values), colour in zip(classes, LINES[1:], strict=False):
-            axes.plot(curve["recall"], values, color=colour, linewidth=1.2, label=" " + plain(name))
-    axes.plot(curve["recall"], curve["precision"], color=LINES[0], linewidth=2.4, label="mean over classes")
-    best = metrics["best_f1"]
-    if best["threshold"] is not None:
-        axes.plot(best["recall"], best["precision"], "o", color=INK, markersize=6,
-                  label=f"best F1, score {best['threshold']:.2f}")  # fmt: skip
-    style(axes, "recall", "precision")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.02)
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
-    return figure

@@ -19,6 +19,8 @@ EVIL, CAT, RARE = "<script>alert(1)</script>", "cat", "rare"
 NAMES = [EVIL, CAT, RARE]
 BOX, FAR = [20.0, 20.0, 60.0, 60.0], [100.0, 70.0, 130.0, 110.0]
 
+CAPTION = r"<figcaption>([^<]+)<small>(\d+).png</small>"
+
 # Per image: truth and detections as (box xyxy, label[, score]).
 RIGHT = ([(BOX, 1)], [(BOX, 1, 0.6)])  # many with the lowest score put the best threshold below all others
 CONFUSED = ([(BOX, 1)], [(BOX, 0, 0.91)])
@@ -102,8 +104,10 @@ def full(tmp_path_factory):
 
 def test_the_page_fetches_nothing_and_runs_nothing(full):
     page = (full[0] / "report.html").read_text(encoding="utf-8")
-    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) > 12 and all(source.startswith("data:image/") for source in sources)
+    links = re.findall(r'href="([^"]*)"', page)
+    assert links and all(f'id="{link[1:]}"' in page for link in links if link[0] == "#") and "href=\"h" not in page
     assert "http" not in re.sub(r'src="data:[^"]*"', "", page)
     assert "<script" not in page and "<b>broken" not in page and "@import" not in page and "url(" not in page
     assert EVIL in words(full[0] / "report.html")
@@ -125,8 +129,8 @@ def test_the_page_says_what_a_reader_came_for(full):
 
 def test_mistakes_are_told_in_words_and_right_images_are_none(full):
     page = (full[0] / "report.html").read_text(encoding="utf-8")
-    captions = dict(re.findall(r"<figcaption>([^<]+)<small>(\d+).png</small>", page))
-    captions = {int(number): html.unescape(text) for text, number in captions.items()}
+    worst = re.findall(CAPTION, page[page.index('id="errs"') : page.index('id="looks"')])
+    captions = {int(number): html.unescape(text) for text, number in worst}
     assert captions == {
         2: f"‘{EVIL}’ found at 0.91 where there is a ‘cat’",
         3: "found nothing here, where there are 2 objects",
@@ -134,8 +138,7 @@ def test_mistakes_are_told_in_words_and_right_images_are_none(full):
         5: "‘cat’ found a second time at 0.70",
         6: "missed ‘cat’; ‘cat’ found at 0.85, but out of place (IoU 0.33)",
     }
-    order = [int(number) for number in re.findall(r"<figcaption>[^<]+<small>(\d+).png</small>", page)]
-    assert order == [3, 2, 6, 4, 5]  # 2 missed; 1 and .91; 1 and .85; .8; .7
+    assert [int(number) for _, number in worst] == [3, 2, 6, 4, 5]  # 2 missed; 1 and .91; 1 and .85; .8; .7
 
 
 def test_pictures_are_exported(full):
