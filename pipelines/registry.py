@@ -81,6 +81,7 @@ def register(
             tracker.experiment_id(), name=model_name, source_run_id=run_id, tags=tags, model_type="detector"
         )
         package = _package(Path(place), files, run_id, logged)
+        tags["package_digest"] = _package_digest(package)
         client.log_model_artifacts(logged.model_id, str(package))
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -142,7 +143,7 @@ def promote(
     tags = dict(_version(tracker, model_name, version).tags)
     ledger = Ledger(tracker, model_name)
     with tempfile.TemporaryDirectory(prefix="detr-candidate-") as temporary:  # not a copy fetched earlier
-        candidate = _examine(tracker, model_name, version, Path(temporary))
+        candidate = _examine(tracker, model_name, version, Path(temporary), whole=True)
     candidate["rolled_back"] = tags.get("rolled_back")
     for _ in range(TRIES):
         standing = _Standing(tracker, ledger)
@@ -351,29 +352,38 @@ def _checksums(checkpoint: Path) -> dict[str, str]:
     return sums
 
 
+def _package_digest(package: Path) -> str:
+    """Of all files of a version but the checkpoint, which has digests of its own: names and contents."""
+    files = {path.relative_to(package): path for path in package.rglob("*") if path.is_file()}
+    sums = {str(n): hashlib.sha256(p.read_bytes()).hexdigest() for n, p in files.items() if n.parts[0] != "artifacts"}
+    return digest(sums, 64)
+
+
 def _fetch(tracker: Tracker, found, folder: Path) -> Path:
     """The version's checkpoint under `folder`, downloaded once."""
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
     place = folder / f"{found.name}-{found.version}"
     if place.is_dir():
         return place
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-        try:
-            got = download_artifacts(
-                artifact_uri=f"{found.source}/artifacts/checkpoint",
-                dst_path=temporary,
-                tracking_uri=tracker.uri,
-                registry_uri=tracker.uri,
-            )
-        except (MlflowException, OSError) as error:
-            raise UserError(
-                f"The files of {found.name!r} version {found.version} cannot be fetched: {error}"
-            ) from error
-        Path(got).rename(place)
+        _get(tracker, found, "/artifacts/checkpoint", Path(temporary)).rename(place)
     return place
+
+
+def _get(tracker: Tracker, found, below: str, folder: Path) -> Path:
+    """What a version has below its source, downloaded into a folder."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    folder.mkdir(exist_ok=True)
+    try:
+        got = download_artifacts(
+            artifact_uri=f"{found.source}{below}", dst_path=str(folder), tracking_uri=tracker.uri,
+            registry_uri=tracker.uri,
+        )  # fmt: skip
+    except (MlflowException, OSError) as error:
+        raise UserError(f"The files of {found.name!r} version {found.version} cannot be fetched: {error}") from error
+    return Path(got)
 
 
 def _evaluation_tags(evaluation: dict[str, Any]) -> dict[str, str]:
@@ -407,11 +417,21 @@ def _same_version(client, name: str, sums: dict[str, str]):
     return next(iter(client.search_model_versions(" and ".join(terms), max_results=1)), None)
 
 
-def _examine(tracker: Tracker, name: str, version: str, folder: Path) -> dict[str, Any]:
-    """What the gate must know of a version's files: {"version", "problem", "place", "categories", "megabytes"}."""
+def _examine(tracker: Tracker, name: str, version: str, folder: Path, whole: bool = False) -> dict[str, Any]:
+    """What the gate must know of a version's files: {"version", "problem", "place", "categories", "megabytes"}.
+
+    whole: its code, which MLflow runs when somebody loads it, is verified, too.
+    """
     found = {"version": version, "problem": None, "place": None, "categories": [], "megabytes": None}
     try:
         place, _, _ = download(tracker, f"models:/{name}/{version}", folder)
+        if whole:
+            registered = _version(tracker, name, version)
+            package = _get(tracker, registered, "", folder / "package")
+            if _package_digest(package) != registered.tags.get("package_digest"):
+                raise UserError(
+                    f"The code of {name!r} version {version} is not what was registered; register the checkpoint again."
+                )
     except UserError as error:
         return found | {"problem": str(error).rstrip(".")}
     size = round((place / FILES[0]).stat().st_size / 1e6, 1)

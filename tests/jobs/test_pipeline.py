@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,14 +143,44 @@ def test_commands_find_what_the_pipeline_left(killed, tmp_path):
     assert found["AP"] == result["AP"]["test"] and found["reused"]
     said, _ = finish(start("promote", store))
     assert said["promoted"] and "already" in said["reason"]
-    refused, _ = finish(start("promote", store, "gate.min_ap=1"), expected=3)
+    refused, _ = finish(start("promote", store, "gate.min_ap=1", "--why", "to see"), expected=3)
     assert not refused["promoted"] and refused["reason"]
+    told, _ = finish(start("history", store))
+    assert [row["what"] for row in told["history"]] == ["promoted", "promoted", "refused"]
+    assert told["history"][-1]["why"] == "to see" and told["champion"] == result["version"]
+    error, _ = finish(start("rollback", store, "--why", "to see"), expected=2)
+    assert "was the first champion" in error["error"]
 
     image = next((store / "sample").glob("*/sample/images/val_*"))
     picture = tmp_path / "out.png"
     shown, _ = finish(start("predict", store, str(image), "--show", "--output", str(picture)))
     assert shown["picture"] == str(picture)
     assert max(Image.open(picture).size) >= 400
+
+
+def test_a_second_model_is_measured_beside_the_champion(killed):
+    store, result, _ = killed
+    second, log = finish(start("pipeline", store, "sweep.in_pipeline=false", "train.budget=4 steps"), expected=3)
+    verdict = second["verdict"]
+    assert verdict["version"] != verdict["champion"] == result["version"] and "Refused: Version" in log
+    ap = verdict["comparison"]["AP"]
+    assert ap["first"] == pytest.approx(result["AP"]["val"], abs=1e-9)
+    assert ap["second"] == pytest.approx(second["AP"]["val"], abs=1e-9)
+    assert ap["low"] <= ap["difference"] <= ap["high"]
+    assert "AP is above the champion's" in [rule["rule"] for rule in verdict["rules"] if not rule["ok"]]
+    assert verdict["reason"].partition(" was refused")[0] in Path(second["report"]).read_text()
+
+
+def test_a_model_is_refused_on_images_it_was_trained_on(killed, tmp_path):
+    store, _, _ = killed
+    (sample,) = (store / "sample").glob("*/sample")
+    shutil.copytree(sample, tmp_path / "data")
+    shutil.copy(sample / "instances_train.json", tmp_path / "data" / "instances_val.json")
+    told = [f"data.path={tmp_path / 'data'}", "tracking.experiment=sample", "tracking.model_name=sample"]
+    refused, _ = finish(start("promote", store, *told, "--version", "1"), expected=3)
+    (rule,) = [rule for rule in refused["rules"] if not rule["ok"]]
+    assert rule["rule"] == "was not trained on the images it is measured on" and rule["figure"] == 1.0
+    finish(start("ingest", store))  # the store's last dataset again
 
 
 def test_the_readmes_python_detects_without_ray(killed, tmp_path):

@@ -313,6 +313,16 @@ def test_a_tampered_file_is_neither_promoted_nor_handed_out(tracked, name, add, 
     assert download(tracked, f"models:/{name}/1", tmp_path / "got")[2] == "1"
 
 
+@pytest.mark.parametrize("file", ["registered_model.py", "MLmodel", "code/detr/model.py", "code/detr/new.py"])
+def test_tampered_code_is_not_promoted(tracked, name, add, judge, file):
+    """MLflow runs it on the machine of whoever loads the model."""
+    version = add(b"one", 0.3)
+    with (stored(tracked, name, version).parents[1] / file).open("a") as stream:
+        stream.write("\nprint('here I am')\n")
+    verdict = judge(version, scored(0.3))
+    assert failed(verdict) == ["files are those registered"] and "The code of" in verdict["reason"]
+
+
 def test_what_does_not_exist_is_said(tracked, name, add, judge, tmp_path):
     add(b"one", 0.3)
     for uri, words in [
