@@ -246,7 +246,6 @@ def evaluate(
         compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, math.ceil(rows.num_rows / block)))),
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
-        scheduling_strategy="SPREAD",
     )  # fmt: skip
     tables, seconds, counts = [DETECTIONS.empty_table()], Counter(), Counter()
     with progress() as bar:
@@ -291,7 +290,7 @@ def evaluate(
 def places(nodes: list[dict[str, Any]], use_gpu: bool) -> tuple[int, int]:
     """How many actors the cluster (`ray.nodes()`) is to have, and how many of them at most share a node.
 
-    One for each GPU, or without for each node with a CPU.
+    One for each GPU, or without for each node with a CPU: Ray Data spreads them.
     """
     there = [node["Resources"] for node in nodes if node["Alive"]]
     if use_gpu:

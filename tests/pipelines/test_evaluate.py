@@ -1,6 +1,9 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -462,6 +465,17 @@ def test_a_full_evaluation_says_more_and_the_same():
     json.dumps([full, full_metrics(truth, [], resamples=5)], allow_nan=False)
 
 
+def test_a_detector_has_a_threshold_for_each_label(small_checkpoint, tmp_path):
+    from pipelines.detect import Detector
+
+    detector = Detector.load(small_checkpoint)
+    assert detector.thresholds.tolist() == [0.5, 0.5] and detector.score_threshold == 0.5
+    config = json.loads((small_checkpoint / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((small_checkpoint / "model.safetensors").read_bytes())
+    write_json(tmp_path / "config.json", {**config, "score_threshold": 0.4, "score_thresholds": {"8": 0.25}})
+    assert Detector.load(tmp_path).thresholds.tolist() == [0.4, 0.25]  # dog's own, and cat's from all
+
+
 @pytest.mark.ray
 def test_evaluate_scores_every_image_as_the_detector_does(ray_cluster, small_dataset, small_checkpoint, tmp_path):
     from detr.transforms import decode_image
@@ -484,6 +498,17 @@ def test_evaluate_scores_every_image_as_the_detector_does(ray_cluster, small_dat
     assert [kept[key] for key in TWELVE] == [result[key] for key in TWELVE] == [again[key] for key in TWELVE]
     assert result["AP"] is not None and result["split_digest"] == "v1"
     assert [c["AP"] is None for c in result["per_class"]] == [False, True]
+
+
+@pytest.mark.ray
+def test_every_node_of_a_cluster_takes_part_and_each_image_is_scored_once(small_dataset, small_checkpoint, tmp_path):
+    script = Path(__file__).with_name("evaluate_on_nodes.py")
+    command = [sys.executable, str(script), str(small_dataset[0]), str(small_checkpoint), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = pq.read_table(tmp_path / "detections.parquet")
+    assert found["image_id"].to_pylist() == [11, 12, 13, 14, 15]
+    assert len(list(tmp_path.glob("node-*"))) == 2
 
 
 @pytest.mark.ray
