@@ -9,7 +9,7 @@ from jobs.common import job, latest_checkpoint, ray_session
 @job("detr report")
 def main(settings, store: Path) -> dict:
     """Write one self-contained HTML page about the last training in this store."""
-    from pipelines.workflow import evaluate_stage, ingest_stage, latest, report_stage
+    from pipelines.workflow import evaluate_stage, ingest_stage, last_verdict, latest, report_stage
 
     with ray_session(settings):
         data = ingest_stage(settings, store)
@@ -20,7 +20,8 @@ def main(settings, store: Path) -> dict:
         if trials and trials["inputs"]["dataset"] != data["result"]["digest"]:
             trials = None
         stages = [stage for stage in (data, trials, training, *evaluations, predictions) if stage]
-        record = report_stage(settings, store, data, stages, training, evaluations, None, predictions)
+        verdict = last_verdict(settings, store, data, checkpoint)
+        record = report_stage(settings, store, data, stages, training, evaluations, verdict, predictions)
     return {**record["result"], "reused": record["reused"], "text": record["result"]["report"]}
 
 

@@ -171,15 +171,14 @@ def calibration_figure(bins: list[dict[str, Any]]):
 def errors_figure(rows: list[dict[str, Any]]):
     """Kinds of errors ("kind", "count", "cost" in AP50 or None): how often, and what mending each would gain."""
     figure = new_figure(4.4, 0.75 + 0.34 * len(rows))
-    axes = figure.subplots(1, 2, sharey=True)
-    for side, key, label, show in (
-        (axes[0], "count", "how often", lambda value: f"{value:,}"),
-        (axes[1], "cost", "AP50 to gain", lambda value: f"{value:.3f}"),
-    ):
+    kinds = [("count", SOFT, "how often", "{:,}"), ("cost", LINES[0], "AP50 to gain", "{:.3f}")]
+    kinds = [kind for kind in kinds if any(row[kind[0]] is not None for row in rows)]
+    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for side, (key, colour, label, pattern) in zip(axes, kinds, strict=True):
         values = [row[key] for row in rows]
-        colour = LINES[0] if key == "cost" else SOFT
+        said = ["" if value is None else " " + pattern.format(value) for value in values]
         bars = side.barh(range(len(rows)), [max(value or 0, 0) for value in values], color=colour, height=0.62)
-        side.bar_label(bars, ["" if value is None else " " + show(value) for value in values], fontsize=8.5, color=INK)
+        side.bar_label(bars, said, fontsize=8.5, color=INK)
         style(side, label, "")
         side.grid(visible=False)
         side.spines["bottom"].set_visible(False)

@@ -91,7 +91,7 @@ def report(
     names = [category["name"] for category in dataset["categories"]]
     past = read_json(history) if history is not None else {"steps": [], "validations": []}
     trained = (train_record or {}).get("result") or {}
-    comparison = _comparison((registry or {}).get("comparison"))
+    comparison = _comparison((registry or {}).get("comparison"), dataset)
 
     threshold, grids = None, {"worst": [], "best": [], "typical": []}
     attention = {"pictures": [], "words": "No evaluation with images was given."}
@@ -231,20 +231,21 @@ def _verdict(metrics: dict[str, Any], judged: str | None, registry: dict[str, An
 
 
 def _rules(registry: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The gate's rules, those that were broken first; "words" is None in a verdict of an older version."""
+    """The gate's rules, those that were broken first; in a verdict of an older version "words" is None."""
 
-    def show(value: Any) -> str | None:
-        return f"{value:.4g}" if isinstance(value, float) else None if value is None else str(value)
+    def show(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    rules = [
-        {"rule": rule["rule"], "ok": rule["ok"], "words": rule.get("words"), "found": show(rule["figure"]),
-         "asked": show(rule["limit"])}
-        for rule in (registry or {}).get("rules", [])
-    ]  # fmt: skip
+    rules = []
+    for rule in (registry or {}).get("rules", []):
+        words = rule.get("words")
+        said = [("found", rule["figure"]), ("asked", rule["limit"])]
+        figures = [f"{what} {show(value)}" for what, value in said if value is not None and str(value) != words]
+        rules.append({"rule": rule["rule"], "ok": rule["ok"], "words": words, "figures": ", ".join(figures)})
     return sorted(rules, key=lambda rule: rule["ok"])
 
 
-def _comparison(found: dict[str, Any] | None) -> dict[str, Any] | None:
+def _comparison(found: dict[str, Any] | None, dataset: dict[str, Any]) -> dict[str, Any] | None:
     """What `compare_evaluations` found, with a verdict on each row, a sentence on both numbers, and a chart."""
     if found is None:
         return None
@@ -282,13 +283,13 @@ def _comparison(found: dict[str, Any] | None) -> dict[str, Any] | None:
     better, worse = (sum(row["kind"] == kind for row in sure) for kind in ("better", "worse"))
     chance = round((1 - found["confidence"]) * len(sure))
     if sure:
-        by_chance = f", of which about {chance} would be by chance alone" if chance else ""
-        sentences.append(
-            f"Of {len(sure)} classes {better} are surely better and {worse} surely worse{by_chance}."
-        )
+        by_chance = f"; about {chance} would seem so by chance alone" if chance else ""
+        sentences.append(f"Of {len(sure)} classes {better} are surely better and {worse} surely worse{by_chance}.")
+    splits = {figures["digest"]: split for split, figures in dataset["splits"].items()}
     charted = sorted(known[:CLASSES], key=lambda row: -row["difference"])
     return {
         "images": found["images"],
+        "split": splits.get(found.get("split_digest")),
         "confidence": found["confidence"],
         "sentences": sentences,
         "numbers": numbers,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 APPLICATION_VERSION = "2"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
-VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 8, "evaluate": 2, "predict": 1, "report": 3}
+VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 8, "evaluate": 2, "predict": 1, "report": 4}
 GATE_REFUSED = 3
 
 Record = dict[str, Any]
@@ -183,6 +183,7 @@ def report_stage(
             Path(training["folder"]) / "history.json" if training else None,
             settings, stages, verdict and verdict["result"], predictions and predictions["result"], folder,
             look_at_data(dataset_folder, settings), _trials(stages),
+            Path(training["folder"]) / "checkpoint" if training else None,
         )  # fmt: skip
         if training:
             tracker = _tracker(settings, store, data)
@@ -194,6 +195,20 @@ def report_stage(
         return made
 
     return _stage(store, "report", {}, inputs, work)
+
+
+def last_verdict(settings: RunSettings, store: Path, data: Record, checkpoint: Path) -> Record | None:
+    """What the gate last said in this store of a checkpoint; None where it is no version, or the gate was not asked."""
+    from pipelines.registry import registered_name
+
+    name = registered_name(settings, data["result"]["name"])
+    same = f"name = '{name}' and tags.`model.safetensors_sha256` = '{weights_digest(checkpoint)}'"
+    for version in _tracker(settings, store, data).client().search_model_versions(same):
+        file = Path(store) / "promote" / f"{name}-{version.version}" / "verdict.json"
+        if file.is_file():
+            verdict = read_json(file)
+            return {"stage": "promote", "version": 1, "key": digest(verdict), "result": verdict}
+    return None
 
 
 def _trials(stages: list[Record]) -> dict[str, Any] | None:
