@@ -1,7 +1,10 @@
+import base64
+import hashlib
 import html
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,16 +12,23 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from detr.checkpoint import save_checkpoint
+from detr.config import ModelConfig
+from detr.segmentation import build_model
 from pipelines.evaluate import DETECTIONS, coco_metrics, coco_truth, detections_to_coco
 from pipelines.look import Finding
+from pipelines.pictures import Scenes
 from pipelines.report import report
-from pipelines.settings import UserError, load_settings
-from pipelines.stage import write_json
+from pipelines.settings import RunSettings, UserError, load_settings
+from pipelines.stage import read_json, write_json
+from pipelines.tracking import tracker
+from pipelines.workflow import last_verdict, report_stage
 
 EVIL, CAT, RARE = "<script>alert(1)</script>", "cat", "rare"
 NAMES = [EVIL, CAT, RARE]
 BOX, FAR = [20.0, 20.0, 60.0, 60.0], [100.0, 70.0, 130.0, 110.0]
 
+ADVISED = ("missed", "background", "wrong class", "poor box", "wrong class and poor box", "duplicate")
 CAPTION = r"<figcaption>([^<]+)<small>(\d+).png</small>"
 
 # Per image: truth and detections as (box xyxy, label[, score]).
@@ -30,7 +40,7 @@ GHOST = ([(BOX, 1)], [(BOX, 1, 0.9), (FAR, 1, 0.8)])
 ASKEW = ([(BOX, 1)], [([40.0, 20.0, 80.0, 60.0], 1, 0.85)])
 
 
-def make(folder, scenes, reject=None):
+def make(folder, scenes, reject=None, names=NAMES):
     """A dataset folder and an evaluation folder of its val split."""
     rows, found = [], []
     for image_id, (truth, detections) in enumerate(scenes, 1):
@@ -52,8 +62,9 @@ def make(folder, scenes, reject=None):
     dataset.mkdir(parents=True)
     evaluation.mkdir()
     pq.write_table(pa.Table.from_pylist(rows), dataset / "val-00000.parquet")
-    categories = [{"id": at, "name": name} for at, name in enumerate(NAMES, 1)]
-    per_class = np.bincount([label for truth, _ in scenes for _, label in truth], minlength=3).tolist()
+    categories = [{"id": at, "name": name} for at, name in enumerate(names, 1)]
+    labels = [label for truth, _ in scenes for _, label in truth]
+    per_class = np.bincount(labels, minlength=len(names)).tolist()
     split = {"digest": "5b1c", "images": len(rows), "boxes": sum(per_class), "per_class": per_class, "max_objects": 2,
              "shards": [{"path": "val-00000.parquet", "rows": len(rows), "bytes": 1}],
              "annotations_file": "instances_val.json"}  # fmt: skip
@@ -69,6 +80,29 @@ def make(folder, scenes, reject=None):
     head = {"format": 1, "split": "val", "images": len(rows), "dataset_digest": "d1g35t"}
     write_json(evaluation / "metrics.json", head | metrics)
     return dataset, evaluation
+
+
+def judged(evaluation, **changes):
+    """The evaluation's metrics.json with what newer evaluations have in it."""
+    metrics = read_json(evaluation / "metrics.json")
+    names = [row["name"] for row in metrics["per_class"]]
+    for row in metrics["per_class"]:
+        row |= {"APs": None, "APm": row["AP"], "APl": None, "interval": row["AP"] and [row["AP"] - 0.1, row["AP"]]}
+    nothing = {kind: 0 for kind in ADVISED}
+    metrics |= {
+        "format": 2,
+        "intervals": {"AP": [0.4016, 0.501], "AP50": [0.6, 0.75]},
+        "confusion": {"threshold": 0.6, "iou": 0.5, "names": [*names, "background"],
+                      "matrix": np.zeros((len(names) + 1,) * 2, int).tolist()},
+        "calibration": {"bins": [], "error": None},
+        "errors": {"threshold": 0.6, "counts": nothing, "cost": dict.fromkeys(ADVISED)},
+    }  # fmt: skip
+    write_json(evaluation / "metrics.json", metrics | changes)
+
+
+def against(champion, now, difference, low, high, name="AP"):
+    """A row of a comparison."""
+    return {"name": name, "id": 1, "first": champion, "second": now, "difference": difference, "low": low, "high": high}
 
 
 def words(path):
@@ -232,3 +266,255 @@ def test_an_evaluation_of_another_dataset_is_refused(tmp_path):
     write_json(evaluation / "metrics.json", metrics | {"dataset_digest": "other"})
     with pytest.raises(UserError, match="made on dataset other"):
         report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], None, None, tmp_path)
+
+
+def test_how_sure_the_figures_are_is_said(tmp_path):
+    dataset, evaluation = make(tmp_path, [RIGHT, BLIND])
+    judged(evaluation)
+    report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], None, None, tmp_path)
+    text, ap = words(tmp_path / "report.html"), read_json(evaluation / "metrics.json")["AP"]
+    sure = "95 % sure to be between 0.402 and 0.501 (AP50 between 0.600 and 0.750)"
+    assert f"AP {ap:.3f} on the val split, {sure}" in text
+    cat = next(row["AP"] for row in read_json(evaluation / "metrics.json")["per_class"] if row["name"] == CAT)
+    assert f"cat {cat:.3f} {cat - 0.1:.3f} to {cat:.3f}" in text
+    assert "small medium large" in text and "older version" not in text
+
+
+def test_an_older_evaluation_still_has_a_page(full):
+    text = words(full[0] / "report.html")
+    assert "This evaluation is of an older version, without kinds of errors, confusions and calibration" in text
+    assert "% sure" not in text and "small medium large" not in text
+
+
+def test_the_rules_of_the_gate_are_told_with_figures_and_words(tmp_path):
+    dataset, _ = make(tmp_path, [RIGHT])
+    rules = [{"rule": "files are those registered", "ok": True, "figure": None, "limit": None, "words": "they are"},
+             {"rule": "AP reaches the floor", "ok": False, "figure": 0.04321, "limit": 0.1, "words": "it is too low"},
+             {"rule": "was not rolled back", "ok": False, "figure": "it was bad", "limit": None}]  # fmt: skip
+    verdict = {"promoted": False, "reason": "Refused.", "version": "2", "champion": None, "previous": None,
+               "rules": rules, "comparison": None, "who": "anna", "when": "2026-01-02", "why": "Weekly."}  # fmt: skip
+    report("t", dataset, None, {}, None, load_settings(), [], verdict, None, tmp_path)
+    text = words(tmp_path / "report.html")
+    assert "It broke 2 of the 3 rules of the gate." in text and "Asked by anna, 2026-01-02. Weekly." in text
+    assert "✗ AP reaches the floor (broken) : it is too low found 0.04321, asked 0.1" in text
+    assert "✗ was not rolled back (broken) found it was bad" in text
+    assert "✓ files are those registered: they are Asked by anna" in text
+    assert text.index("AP reaches") < text.index("files are those")
+    assert "There was no other champion to compare with." in text
+
+
+def test_the_champion_is_compared_with(tmp_path):
+    dataset, _ = make(tmp_path, [RIGHT])
+    comparison = {
+        "images": 12, "resamples": 200, "confidence": 0.95, "split_digest": "5b1c",
+        "AP": against(0.5, 0.52, 0.02, 0.004, 0.036), "AP50": against(0.8, 0.78, -0.02, -0.05, 0.01),
+        "per_class": [against(0.5, 0.4, -0.1, -0.2, -0.01, EVIL), against(0.5, 0.64, 0.14, None, None, CAT),
+                      against(None, None, None, None, None, RARE)],
+    }  # fmt: skip
+    verdict = {"promoted": True, "reason": "Better.", "version": "3", "champion": "3", "previous": "2", "rules": [],
+               "comparison": comparison}  # fmt: skip
+    report("t", dataset, None, {}, None, load_settings(), [], verdict, None, tmp_path)
+    text = words(tmp_path / "report.html")
+    assert "AP is 0.020 higher (+0.004 to +0.036, 95%), 0.520 instead of 0.500: surely better." in text
+    assert "AP50 is 0.020 lower (-0.050 to +0.010, 95%), 0.780 instead of 0.800: no sure difference." in text
+    assert "Of 1 classes 0 are surely better and 1 surely worse." in text
+    assert "The champion here is version 2. Both were measured on the same 12 images of the val split." in text
+    assert f"{EVIL} 0.500 0.400 -0.100 -0.200 to -0.010 surely worse" in text
+    assert "cat 0.500 0.640 +0.140 how sure is not known" in text and f"{RARE} no ground truth" in text
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("data:image/svg+xml") == 1
+
+
+def test_of_many_classes_those_that_matter_come_first(tmp_path):
+    names = [f"kind {number:02d}" for number in range(40)]
+    scenes = [([(BOX, at)], [(BOX, at, 0.9)] if at != 7 else []) for at in range(39)]
+    dataset, evaluation = make(tmp_path, scenes, names=names)
+    matrix = np.eye(41, dtype=int)
+    matrix[3, 5], matrix[8, 40], matrix[40, 9] = 4, 6, 2
+    judged(evaluation, confusion={"threshold": 0.5, "iou": 0.5, "names": [*names, "background"],
+                                  "matrix": matrix.tolist()})  # fmt: skip
+    rows = [against(0.5, 0.5, 0.01 * at, -1.0, 1.0, name) for at, name in enumerate(names)]
+    comparison = {"images": 39, "resamples": 9, "confidence": 0.95, "AP": rows[0], "AP50": rows[0], "per_class": rows}
+    verdict = {"promoted": False, "reason": "No.", "version": "3", "champion": "2", "previous": "2", "rules": [],
+               "comparison": comparison}  # fmt: skip
+    report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], verdict, None, tmp_path)
+    text, page = words(tmp_path / "report.html"), (tmp_path / "report.html").read_text(encoding="utf-8")
+    first = text[text.index("The 20 classes that differ most") : text.index("All 40 classes")]
+    assert [int(n) for n in re.findall(r"kind (\d\d)", first)] == list(range(39, 19, -1))
+    weakest = text[text.index("The 10 weakest classes") :]
+    assert weakest.index("kind 07") < weakest.index("kind 00")
+    assert "‘kind 03’ taken for ‘kind 05’ 4 times, of 5 labelled" in text
+    assert "Missed most: ‘kind 08’ 6 of 7." in text and "nothing is labelled: ‘kind 09’ 2 times." in text
+    assert "Confusion matrix" not in page and page.count("All 40 classes") == 2
+    assert "kind 39 no ground truth in this split" in text
+
+
+def test_confusions_and_kinds_of_errors_are_told(tmp_path):
+    dataset, evaluation = make(tmp_path, [RIGHT, BLIND])
+    counts = dict(zip(ADVISED, (5, 3, 2, 1, 0, 0), strict=True))
+    cost = dict(zip(ADVISED, (0.01, 0.001, 0.2, None, 0.0, 0.0), strict=True))
+    matrix = [[3, 1, 0, 0], [0, 9, 0, 5], [0, 0, 0, 0], [0, 1, 0, 0]]
+    judged(
+        evaluation,
+        errors={"threshold": 0.6, "counts": counts, "cost": cost},
+        confusion={"threshold": 0.6, "iou": 0.5, "names": [*NAMES, "background"], "matrix": matrix},
+    )
+    report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], None, None, tmp_path)
+    text, page = words(tmp_path / "report.html"), (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "11 errors at a score of 0.60" in text
+    told = [text.index(f" {kind} {counts[kind]}") for kind in ("wrong class", "missed", "background", "poor box")]
+    assert told == sorted(told) and "wrong class 2, AP50 +0.200 Found in place" in text
+    assert "One object found more than once" not in text  # no advice where there is no such error
+    assert f"‘{EVIL}’ taken for ‘cat’ once, of 4 labelled" in text and "Missed most: ‘cat’ 5 of 14." in text
+    assert 'alt="Confusion matrix' in page and "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("scores", "right", "error", "sentence"),
+    [
+        ((0.2, 0.8), (0.2, 0.8), 0.0, "they can be read as probabilities"),
+        ((0.4, 0.9), (0.2, 0.7), 0.2, "they are too high, and no probabilities"),
+        ((0.2, 0.6), (0.4, 0.8), 0.2, "they are too low, and no probabilities"),
+        ((0.3, 0.7), (0.1, 0.9), 0.2, "some are too high and others too low"),
+    ],
+)
+def test_what_a_score_means(tmp_path, scores, right, error, sentence):
+    dataset, evaluation = make(tmp_path, [RIGHT])
+    bins = [{"low": s - 0.05, "high": s + 0.05, "count": 10, "score": s, "precision": p}
+            for s, p in zip(scores, right, strict=True)]  # fmt: skip
+    bins.append({"low": 0.95, "high": 1.0, "count": 0, "score": None, "precision": None})
+    judged(evaluation, calibration={"bins": bins, "error": error})
+    report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], None, None, tmp_path)
+    assert f"A score is wrong by {error:.3f} on average (expected calibration error): {sentence}" in words(
+        tmp_path / "report.html"
+    )
+
+
+def test_best_typical_and_worst_images(tmp_path):
+    off = ([(BOX, 1)], [([20.0, 20.0, 60.0, 52.0], 1, 0.9)])  # IoU 0.8
+    empty = ([], [])
+    scenes = [off] * 9 + [RIGHT] * 9 + [GHOST, CONFUSED] + [empty] * 30
+    dataset, evaluation = make(tmp_path, scenes)
+    categories = read_json(dataset / "dataset.json")["categories"]
+    grids = Scenes(dataset, "val", categories, evaluation, 0.5, 100).grids()
+    ids = {name: [scene["id"] for scene in grid] for name, grid in grids.items()}
+    assert ids == {"worst": [20, 19], "best": [10, 11, 12, 13, 14, 15], "typical": [1, 2, 3, 4, 5, 6]}
+    quality = [grids[name][0]["quality"] for name in ("worst", "best", "typical")]
+    np.testing.assert_allclose(quality, [0, 1, 0.8], atol=1e-6)
+    np.testing.assert_allclose(grids["worst"][1]["quality"], 2 / 3, atol=1e-6)  # one of two found is right, none missed
+    assert grids["best"][0]["caption"] == "its one object found"
+
+
+def test_a_page_of_few_images_shows_none_twice(tmp_path):
+    dataset, evaluation = make(tmp_path, [GHOST, TWICE, ASKEW])
+    report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], None, None, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert sorted(int(number) for _, number in re.findall(CAPTION, page)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("queries", ["anchors", "learned"])
+def test_where_it_looks_is_drawn(tmp_path, queries):
+    dataset, evaluation = make(tmp_path, [RIGHT] * 4 + [CONFUSED, BLIND])
+    sizes = {"hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 32, "num_queries": 5}
+    preset = {"preset": "tiny"} if queries == "anchors" else {"backbone": "small", "image_size": 96}
+    model = build_model(ModelConfig.model_validate({**preset, **sizes, "num_classes": 3}))
+    save_checkpoint(tmp_path / "checkpoint", model, read_json(dataset / "dataset.json")["categories"])
+    report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], None, None, tmp_path,
+           checkpoint=tmp_path / "checkpoint")  # fmt: skip
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    looks = page[page.index('id="looks"') : page.index('id="good"')]
+    captions = [caption.split(":")[0] for caption, _ in re.findall(CAPTION, looks)]
+    assert captions == ["one of the best", "one of the typical", "one of the worst"]
+    for source in re.findall(r'src="data:image/jpeg;base64,([^"]*)"', looks):
+        with Image.open(io.BytesIO(base64.b64decode(source))) as picture:
+            assert np.ptp(np.asarray(picture).reshape(-1, 3), axis=0).max() > 50  # the image itself has one colour
+
+
+def test_where_it_looks_is_not_known_without_a_checkpoint(tmp_path):
+    dataset, evaluation = make(tmp_path, [RIGHT])
+    place = tmp_path / "checkpoint"
+    for sentence in ("The checkpoint is not here", "The checkpoint cannot be read: "):
+        report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], None, None, tmp_path,
+               checkpoint=place)  # fmt: skip
+        assert sentence in words(tmp_path / "report.html")
+        place.mkdir(exist_ok=True)
+        (place / "model.safetensors").write_bytes(b"broken")
+
+
+def test_the_way_from_the_data_to_the_predictions(tmp_path):
+    dataset, evaluation = make(tmp_path, [RIGHT])
+    weights, other = "ab" * 32, "cd" * 32
+    train = {"stage": "train", "version": 7, "key": "train-key", "seconds": 1.0, "result": {"run_id": "the-run"},
+             "settings": {"seed": 0, "train": {"lr": 0.5}}}  # fmt: skip
+    measured = {"stage": "evaluate", "version": 2, "key": "evaluate-key", "seconds": 1.0,
+                "inputs": {"weights": weights}, "result": {"split": "val", "images": 1}}  # fmt: skip
+    registered = {"stage": "register", "version": 1, "key": "register-key", "seconds": 1.0,
+                  "result": {"name": "things", "version": "4", "weights_sha256": weights}}  # fmt: skip
+    verdict = {"promoted": False, "reason": "No.", "version": "4", "champion": "3", "previous": "3", "rules": []}
+
+    def text(predicted_by):
+        version = "4" if predicted_by == weights else "3"
+        predicted = {"stage": "predict", "version": 1, "key": "predict-key", "seconds": 1.0, "result": {"images": 1234},
+                     "inputs": {"weights": predicted_by, "model": ["things", version]}}  # fmt: skip
+        stages = [train, measured, registered, predicted]
+        report("t", dataset, train, {"val": evaluation}, None, load_settings(), stages, verdict, None, tmp_path)
+        found = words(tmp_path / "report.html")
+        return found[found.index("Where it came from dataset") :]
+
+    found = text(weights)
+    steps = ["dataset things d1g35t", "val split 1 images, from instances_val.json 5b1c",
+             "training run the-run in MLflow train-key", f"weights sha256 of model.safetensors {weights}",
+             "evaluation of the val split, on 1 images evaluate-key", "model things version 4, not champion",
+             "predictions 1,234 images, by things version 4 predict-key"]  # fmt: skip
+    assert [found.index(step) for step in steps] == sorted(found.index(step) for step in steps)
+    assert "train.lr 0.002 0.5" in found
+    assert f"by things version 3, another model (weights {other[:12]}…) predict-key" in text(other)
+
+
+def test_what_is_not_known_of_the_way_is_said(tmp_path):
+    dataset, _ = make(tmp_path, [RIGHT])
+    report("t", dataset, None, {}, None, load_settings(), [], None, None, tmp_path)
+    text = words(tmp_path / "report.html")
+    for step in ("training", "weights", "model", "predictions"):
+        assert f"{step} not known here" in text
+
+
+def test_the_stage_logs_the_page_and_finds_the_last_verdict(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.look.look_at_data", lambda folder, settings: [])
+    dataset, evaluation = make(tmp_path, [RIGHT, BLIND])
+    store, settings = tmp_path / "store", RunSettings()
+    (store / "train" / "checkpoint").mkdir(parents=True)
+    (store / "train" / "checkpoint" / "model.safetensors").write_bytes(b"weights")
+    write_json(store / "train" / "history.json", {"steps": [], "validations": [{"step": 1, "AP": 0.1, "AP50": 0.2}]})
+    data = {"stage": "ingest", "version": 1, "key": "i", "seconds": 1.0, "folder": str(dataset),
+            "result": {"name": "things", "digest": "d1g35t"}}  # fmt: skip
+    tracked = tracker(settings, store, "things")
+    run = tracked.start_run("train")
+    training = {"stage": "train", "version": 1, "key": "t", "seconds": 1.0, "folder": str(store / "train"),
+                "result": {"run_id": run}}  # fmt: skip
+    metrics = read_json(evaluation / "metrics.json")
+    measured = {"stage": "evaluate", "version": 1, "key": "e", "seconds": 1.0, "folder": str(evaluation),
+                "result": {key: metrics[key] for key in ("AP", "AP50", "AP75", "split", "images")}}  # fmt: skip
+
+    checkpoint = store / "train" / "checkpoint"
+    assert last_verdict(settings, store, data, checkpoint) is None
+    client = tracked.client()
+    client.create_registered_model("things")
+    for weights in (b"others", b"weights"):
+        tags = {"model.safetensors_sha256": hashlib.sha256(weights).hexdigest()}
+        client.create_model_version("things", str(checkpoint), run, tags=tags)
+    assert last_verdict(settings, store, data, checkpoint) is None  # registered, but never judged
+    for version, promoted in (("1", False), ("2", True)):
+        folder = store / "promote" / f"things-{version}"
+        folder.mkdir(parents=True)
+        verdict = {"promoted": promoted, "reason": f"Since {version}.", "version": version, "champion": "2",
+                   "previous": None, "rules": []}  # fmt: skip
+        write_json(folder / "verdict.json", verdict)
+    verdict = last_verdict(settings, store, data, checkpoint)
+    assert verdict["result"]["version"] == "2"
+
+    record = report_stage(settings, store, data, [data, training, measured], training, [measured], verdict, None)
+    assert "Promoted. Since 2." in words(Path(record["result"]["report"]))
+    assert "The checkpoint cannot be read" in words(Path(record["result"]["report"]))
+    logged = {file.path for file in client.list_artifacts(run, "report")}
+    assert logged == {"report/report.html", "report/validation_grid.png", "report/curves.png"}
+    assert client.get_run(run).data.metrics["val/final/AP"] == pytest.approx(metrics["AP"])
