@@ -37,8 +37,7 @@ class Detector:
         self.model.backbone.to(memory_format=torch.channels_last)
         self.categories = categories
         self.score_threshold = score_threshold
-        own = score_thresholds or {}
-        self.thresholds = np.array([own.get(str(category["id"]), score_threshold) for category in categories], float)
+        self.thresholds = label_thresholds(categories, score_threshold, score_thresholds)
         self.batch_size = batch_size
         self.postprocess = PostProcess(model.config.class_loss)
 
@@ -80,3 +79,11 @@ class Detector:
                 }
             )
         return results
+
+
+def label_thresholds(
+    categories: list[dict[str, Any]], score_threshold: float, of_classes: dict[str, float] | None = None
+) -> np.ndarray:
+    """The least score to keep of each label, float64 [K]: that of its category id in of_classes, or score_threshold."""
+    own = of_classes or {}
+    return np.array([own.get(str(category["id"]), score_threshold) for category in categories], np.float64)

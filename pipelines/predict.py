@@ -95,13 +95,12 @@ def predict(
     Writes detections-*.parquet (DETECTIONS, a row per image in order of key; an image that cannot be
     read has its reason as status) and manifest.json into folder. Returns {"folder", "images", "ok",
     "rejected", "rejects": {reason: n}, "detections": {category name: n}, "images_per_second",
-    "score_threshold", "reused_images"}. Raises UserError when more than `predict.max_reject_fraction` of
-    the images cannot be read; the table is complete then, too.
+    "score_threshold", "score_thresholds" ({category id: its own}), "reused_images"}. Raises UserError when
+    more than `predict.max_reject_fraction` of the images cannot be read; the table is complete then, too.
     """
     folder = Path(folder)
     config = read_json(Path(checkpoint) / "config.json")
-    threshold = settings.predict.score_threshold
-    threshold = config["score_threshold"] if threshold is None else threshold
+    given = settings.predict.score_threshold
     images = sorted(images, key=lambda image: image["key"])
     chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
     plan = {
@@ -109,7 +108,8 @@ def predict(
         "images": digest(images, 64),
         "weights_sha256": _sha256(Path(checkpoint) / "model.safetensors"),
         "model": {"name": model_name, "version": model_version},
-        "score_threshold": threshold,
+        "score_threshold": config["score_threshold"] if given is None else given,
+        "score_thresholds": config.get("score_thresholds", {}) if given is None else {},  # of category ids
         "max_pixels": settings.predict.max_pixels,
         "chunk": CHUNK,
     }
@@ -135,7 +135,7 @@ def predict(
             f"{rejected} of {len(images)} images could not be read, more than predict.max_reject_fraction "
             f"{limit} allows; {count} because {reason} (the other images' detections are in {folder})."
         )
-    shown = ("images", "ok", "rejected", "rejects", "detections", "score_threshold")
+    shown = ("images", "ok", "rejected", "rejects", "detections", "score_threshold", "score_thresholds")
     return {
         "folder": str(folder),
         **{key: manifest[key] for key in shown},
@@ -191,9 +191,11 @@ def read_rows(rows: list[dict[str, Any]]) -> pa.Table:
 def detect_rows(detector, rows: list[dict[str, Any]], options: dict[str, Any]) -> pa.Table:
     """Rows of `read_rows` -> rows of DETECTIONS, in their order.
 
-    options: score_threshold, max_pixels, model_name, model_version.
+    options: score_threshold, score_thresholds ({category id: threshold}, may be absent), max_pixels, model_name,
+    model_version.
     """
     from detr.transforms import ImageError, decode_image
+    from pipelines.detect import label_thresholds
 
     def decode(row: dict[str, Any]):
         if row["error"] is not None:
@@ -207,6 +209,7 @@ def detect_rows(detector, rows: list[dict[str, Any]], options: dict[str, Any]) -
         decoded = list(pool.map(decode, rows))
     images = [image for image in decoded if not isinstance(image, str)]
     found = iter(detector.detect(images) if images else [])
+    least = label_thresholds(detector.categories, options["score_threshold"], options.get("score_thresholds"))
     out = []
     for row, image in zip(rows, decoded, strict=True):
         result = {
@@ -220,7 +223,7 @@ def detect_rows(detector, rows: list[dict[str, Any]], options: dict[str, Any]) -
             result |= {"status": image, "boxes": [], "scores": [], "category_ids": [], "category_names": []}
         else:
             one = next(found)
-            keep = one["scores"] >= options["score_threshold"]
+            keep = one["scores"] >= least[one["labels"]]
             labels = one["labels"][keep].tolist()
             result |= {
                 "status": "ok",
@@ -255,6 +258,7 @@ def _detect_all(
     options = {
         "batch_size": batch_size,
         "score_threshold": plan["score_threshold"],
+        "score_thresholds": plan["score_thresholds"],
         "max_pixels": plan["max_pixels"],
         "model_name": plan["model"]["name"],
         "model_version": plan["model"]["version"],
@@ -454,6 +458,7 @@ def _manifest(folder: Path, chunks: list[list[dict[str, Any]]], plan: dict[str, 
         "model": plan["model"],
         "weights_sha256": plan["weights_sha256"],
         "score_threshold": plan["score_threshold"],
+        "score_thresholds": plan["score_thresholds"],
     }
 
 

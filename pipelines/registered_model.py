@@ -6,7 +6,7 @@
 Input: a row per image, with its encoded bytes in column `image` (base64 over HTTP) or its place on this
 machine in column `path`. Output: a row per image with `boxes` (xyxy in pixels of the image as stored),
 `scores`, `category_ids` and `category_names`, best first, and `status`: "ok", or why the image could not
-be read.
+be read. Without score_threshold the model's own thresholds hold, of each class where it has them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mlflow
 import pandas
+from mlflow.exceptions import MlflowException
 
 MAX_PIXELS = 100_000_000  # checked before decoding
 
@@ -27,10 +28,16 @@ class DetectionModel(mlflow.pyfunc.PythonModel):
 
     def predict(self, context, model_input: pandas.DataFrame, params: dict | None = None) -> pandas.DataFrame:
         from detr.transforms import ImageError, decode_image
+        from pipelines.detect import label_thresholds
 
-        threshold = (params or {}).get("score_threshold")
-        if threshold is None or threshold < 0:
-            threshold = self.detector.score_threshold
+        if not {"image", "path"} & set(model_input.columns):  # MLflow drops columns of other names
+            raise MlflowException.invalid_parameter_value(
+                "Give a row per image, with its encoded bytes in a column `image` (base64 over HTTP), or its file's "
+                "name in a column `path`."
+            )
+        asked = (params or {}).get("score_threshold")
+        own = asked is None or asked < 0
+        least = self.detector.thresholds if own else label_thresholds(self.detector.categories, asked)
         categories = self.detector.categories
         rows, images, places = [], [], []
         for number, record in enumerate(model_input.to_dict("records")):
@@ -42,7 +49,7 @@ class DetectionModel(mlflow.pyfunc.PythonModel):
             except (ImageError, OSError) as error:
                 row["status"] = str(error)
         for number, found in zip(places, self.detector.detect(images) if images else [], strict=True):
-            keep = found["scores"] >= threshold
+            keep = found["scores"] >= least[found["labels"]]
             labels = found["labels"][keep].tolist()
             rows[number] |= {
                 "boxes": found["boxes"][keep].tolist(),
@@ -59,6 +66,8 @@ def _encoded(record: dict) -> bytes:
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(path, str):
+        if not Path(path).is_file():  # a device or a pipe may never end
+            raise OSError(f"there is no file {path}")
         return Path(path).read_bytes()
     raise OSError("neither column image nor column path holds an image")
 

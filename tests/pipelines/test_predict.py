@@ -57,7 +57,7 @@ def without_ray(monkeypatch):
     seen = []
 
     def detect_all(settings, images, checkpoint, plan):
-        options = {"score_threshold": plan["score_threshold"], "max_pixels": plan["max_pixels"]}
+        options = {key: plan[key] for key in ("score_threshold", "score_thresholds", "max_pixels")}
         options |= {"model_name": plan["model"]["name"], "model_version": plan["model"]["version"]}
         for start in range(0, len(images), 3):
             batch = images[start : start + 3]
@@ -195,6 +195,16 @@ def test_the_threshold_is_the_models_own_unless_set(tmp_path, checkpoint, withou
     assert predict(SETTINGS, images, checkpoint, "m", "1", tmp_path / "a")["score_threshold"] == 0.5
     low = predict(load_settings(None, ["predict.score_threshold=0.1"]), images, checkpoint, "m", "1", tmp_path / "b")
     assert low["detections"] == {"cat": 1, "dog": 1}
+
+
+def test_a_class_may_have_a_threshold_of_its_own(tmp_path, checkpoint, without_ray):
+    config = {"score_threshold": 0.5, "score_thresholds": {"3": 0.2, "7": 0.95}, "categories": CATEGORIES}
+    (checkpoint / "config.json").write_text(json.dumps(config))  # the cat's score is 0.2, the dog's 0.9
+    images = list_images(picture(tmp_path / "a.png"), SETTINGS)
+    own = predict(SETTINGS, images, checkpoint, "m", "1", tmp_path / "a")
+    assert own["detections"] == {"cat": 1} and own["score_thresholds"] == {"3": 0.2, "7": 0.95}
+    asked = predict(load_settings(None, ["predict.score_threshold=0.5"]), images, checkpoint, "m", "1", tmp_path / "b")
+    assert asked["detections"] == {"dog": 1} and asked["score_thresholds"] == {}
 
 
 def test_too_many_bad_images_fail_but_what_was_done_stays(tmp_path, checkpoint, without_ray):
