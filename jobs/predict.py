@@ -57,10 +57,10 @@ def _show(settings, store: Path, path: Path, model: str | None, output: str | No
         detector = Detector.load(checkpoint)
     except CheckpointError as error:
         raise UserError(f"{error}.") from error
-    threshold = settings.predict.score_threshold
-    threshold = detector.score_threshold if threshold is None else threshold
+    asked = settings.predict.score_threshold
+    threshold = detector.score_threshold if asked is None else asked
     found = detector.detect([image])[0]
-    keep = found["scores"] >= threshold
+    keep = found["scores"] >= (detector.thresholds[found["labels"]] if asked is None else asked)
     boxes, scores = found["boxes"][keep], found["scores"][keep]
     names = [detector.categories[label]["name"] for label in found["labels"][keep]]
     target = Path(output) if output else Path(f"{path.stem}.detections.png")

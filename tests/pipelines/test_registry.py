@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import registry
 from pipelines.registry import champion, download, history, promote, register, registered_name, rollback
 from pipelines.settings import UserError, load_settings
 from pipelines.stage import read_json
