@@ -23,9 +23,10 @@ def main(settings, store: Path, checkpoint: str | None, split: str, against: str
         data = ingest_stage(settings, store)
         place, _ = latest_checkpoint(settings, store, data, checkpoint)
         other = download_model(settings, store, data, against)[0] if against else None
+        # The other first: what was evaluated last is what `detr register` and `detr report` take.
+        standing = evaluate_stage(settings, store, data, other, split) if other is not None else None
         record = evaluate_stage(settings, store, data, place, split)
-        if other is not None:
-            standing = evaluate_stage(settings, store, data, other, split)
+        if standing is not None:
             folders = Path(standing["folder"]), Path(record["folder"])
             comparison = compare_evaluations(settings, Path(data["folder"]), split, *folders)
     result = record["result"]

@@ -387,7 +387,8 @@ def _relabelled(detections: pa.Table, labels: list[int]) -> pa.Table:
     """The detections with labels[label] for each label."""
     given = detections["labels"].combine_chunks()
     values = np.asarray(labels, np.int32)[given.flatten().to_numpy(zero_copy_only=False)]
-    column = pa.ListArray.from_arrays(given.offsets, pa.array(values, pa.int32()))
+    ends = np.cumsum(pc.list_value_length(given).to_numpy(zero_copy_only=False))
+    column = pa.ListArray.from_arrays(np.r_[0, ends].astype(np.int32), pa.array(values, pa.int32()))
     return detections.set_column(detections.schema.get_field_index("labels"), DETECTIONS.field("labels"), column)
 
 

@@ -73,7 +73,7 @@ def test_against_another_model_there_is_an_answer_in_words(evaluation, monkeypat
     monkeypatch.setattr(pipelines.compare, "compare_evaluations", compare)
     told = ["--split", "test", "--against", "models:/cells@champion"]
     lines = CliRunner().invoke(main, told).output.splitlines()
-    assert asked == [("mine", "test"), ("theirs", "test")]
+    assert asked == [("theirs", "test"), ("mine", "test")]  # the store's last evaluation is one's own
     assert lines[lines.index("Against models:/cells@champion:") + 1 :] == [
         "AP is 0.021 higher (0.004 to 0.037, 95 %): surely better",
         "AP50 is 0.021 higher (-0.010 to 0.037, 95 %): no sure difference",
