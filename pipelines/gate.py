@@ -35,7 +35,8 @@ def judge(
     None where it is not known}). candidate: {"version", "problem" (what is wrong with its files, or None),
     "categories", "megabytes", "rolled_back" (why, or None)}. champion: {"version", "problem", "categories"} of another
     version, or None; comparison: `compare_evaluations` of the champion with the candidate, None where it could not be
-    made (and champion["problem"] or the classes say why).
+    made (and champion["problem"] or the classes say why), with "split_digest" and "seen_by_first", the share of the
+    images that the champion was trained on.
     """
     rules = [
         _rule(
@@ -170,11 +171,12 @@ def _above(gate: GateSettings, comparison: dict[str, Any], other: str) -> Rule:
         return _rule(rule, False, None, gate.margin, f"it cannot be compared with {other}: there is nothing to find")
     low = ap["low"] if ap["low"] is not None else ap["difference"]  # without resamples there is no interval
     sure = "" if ap["low"] is None else f", {comparison['confidence']:.0%} sure {ap['low']:+.4f} to {ap['high']:+.4f}"
-    ok = low > gate.margin
+    ok, seen = low > gate.margin, comparison["seen_by_first"] or 0.0
     return _rule(
         rule, ok, round(low, 6), gate.margin,
         f"its AP {ap['second']:.4f} is {ap['difference']:+.4f} beside the {ap['first']:.4f} of {other}{sure}; "
-        f"the low end {'is' if ok else 'must be'} above gate.margin {gate.margin:g}",
+        f"the low end {'is' if ok else 'must be'} above gate.margin {gate.margin:g}"
+        + (f" (which was trained on {seen:.1%} of these images)" if seen > gate.max_seen else ""),
     )  # fmt: skip
 
 

@@ -47,7 +47,8 @@ def compared(first: float, second: float, half: float = 0.0, data: str = "val-1"
     difference = second - first
     ap = {"first": first, "second": second, "difference": difference, "low": difference - half,
           "high": difference + half}  # fmt: skip
-    return {"images": 100, "confidence": 0.95, "split_digest": data, "AP": ap, "per_class": list(per_class)}
+    return {"images": 100, "confidence": 0.95, "split_digest": data, "seen_by_first": None, "AP": ap,
+            "per_class": list(per_class)}  # fmt: skip
 
 
 APS = {}  # of all weights in a test: what measuring a champion again finds
@@ -146,6 +147,17 @@ def test_without_an_interval_the_difference_itself_counts(tracked, name, add, ju
 
     verdict = promote(SETTINGS, tracked, name, version, scored(0.31), compare, tmp_path, tmp_path / "models")
     assert verdict["promoted"] and "sure" not in verdict["reason"]
+
+
+def test_a_champion_that_saw_the_images_is_told_of(tracked, name, add, judge, tmp_path):
+    judge(add(b"one", 0.3), scored(0.3))
+    version = add(b"two", 0.2)
+
+    def compare(_place: Path) -> dict:
+        return compared(0.3, 0.2) | {"seen_by_first": 0.4}
+
+    verdict = promote(SETTINGS, tracked, name, version, scored(0.2), compare, tmp_path, tmp_path / "models")
+    assert "(which was trained on 40.0% of these images)" in verdict["reason"]
 
 
 def test_a_class_must_not_be_lost(name, add, judge):

@@ -52,7 +52,8 @@ def ask(tracked: Tracker, name: str, version: str, ap: float, folder: Path) -> d
     def compare(place: Path) -> dict:
         first = float((place / "model.safetensors").read_text())
         figures = {"first": first, "second": ap, "difference": ap - first, "low": ap - first, "high": ap - first}
-        return {"images": 1, "confidence": 0.95, "split_digest": "val", "AP": figures, "per_class": []}
+        return {"images": 1, "confidence": 0.95, "split_digest": "val", "seen_by_first": None, "AP": figures,
+                "per_class": []}  # fmt: skip
 
     places = (folder / f"promote-{version}", folder / "models")
     return promote(SETTINGS, tracked, name, version, scored(ap), compare, *places)
