@@ -139,10 +139,8 @@ def promote_stage(
     def compare(champion: Path) -> dict[str, Any]:
         other = evaluate_stage(settings, store, data, champion, split)
         found = compare_evaluations(settings, dataset_folder, split, Path(other["folder"]), Path(evaluation["folder"]))
-        return {
-            **found, "split": split, "split_digest": split_digest, "evaluation": other["folder"],
-            "seen_by_first": seen_in_training(champion, dataset_folder, split),
-        }  # fmt: skip
+        seen = seen_in_training(champion, dataset_folder, split)
+        return {**found, "split": split, "split_digest": split_digest, "seen_by_first": seen}
 
     record = _timed(
         "promote",
