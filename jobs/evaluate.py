@@ -23,7 +23,7 @@ def main(settings, store: Path, checkpoint: str | None, split: str, against: str
         data = ingest_stage(settings, store)
         place, _ = latest_checkpoint(settings, store, data, checkpoint)
         other = download_model(settings, store, data, against)[0] if against else None
-        # The other first: what was evaluated last is what `detr register` and `detr report` take.
+        # The other first: the store's last evaluation is to be one's own.
         standing = evaluate_stage(settings, store, data, other, split) if other is not None else None
         record = evaluate_stage(settings, store, data, place, split)
         if standing is not None:

@@ -74,6 +74,8 @@ def test_only_the_best_of_several_about_an_object_is_mended():
     cost = error_types(match(*scene(objects, twice)), 0.1)["cost"]
     # The dog is found, once; the cat is not, and what hid it is gone.
     assert cost["wrong class"] == pytest.approx(0.5) and cost["poor box"] == pytest.approx(0.5)
+    cost = error_types(match(*scene([*objects, (6, 2, LEFT)], twice)), 0.1)["cost"]
+    assert cost["wrong class"] == pytest.approx(51 / 101 / 2)  # one of two dogs, though two were about it
     found = [(5, 2, MIDDLE, 0.5), (5, 1, MIDDLE, 0.9), (5, 1, LEFT, 0.4)]
     cost = error_types(match(*scene(objects, found)), 0.1)["cost"]
     assert cost["wrong class"] == pytest.approx(0.25)  # cat's AP from 1/2 to 1; the dog was found already
