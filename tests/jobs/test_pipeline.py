@@ -146,7 +146,8 @@ def test_commands_find_what_the_pipeline_left(killed, tmp_path):
     refused, _ = finish(start("promote", store, "gate.min_ap=1", "--why", "to see"), expected=3)
     assert not refused["promoted"] and refused["reason"]
     told, _ = finish(start("history", store))
-    assert [row["what"] for row in told["history"]] == ["promoted", "promoted", "refused"]
+    whats = [row["what"] for row in told["history"]]  # the pipeline may have asked more than once
+    assert set(whats[:-1]) == {"promoted"} and whats[-1] == "refused"
     assert told["history"][-1]["why"] == "to see" and told["champion"] == result["version"]
     error, _ = finish(start("rollback", store, "--why", "to see"), expected=2)
     assert "was the first champion" in error["error"]
