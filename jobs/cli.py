@@ -18,6 +18,7 @@ COMMANDS = {
     "promote": "Make a version champion if it passes the gate.",
     "rollback": "Give the title back to the champion before this one.",
     "history": "Every verdict on a model, and every move of its champion.",
+    "lineage": "Say what a result was made from, and what was made from it.",
     "predict": "Detect on one image, a folder, a bucket prefix or a list.",
     "explain": "Draw where the model looks in one image, and each query over many.",
     "export": "Write a model as torch.export and ONNX files, checked against the model.",

@@ -77,6 +77,20 @@ def test_a_killed_pipeline_goes_on_and_ends_as_a_straight_one(killed, tmp_path):
         assert (value == theirs[key]).all(), key
 
 
+def test_what_a_pipeline_left_can_be_followed_both_ways(killed):
+    store, result, _ = killed
+    for asked in (result["dataset"]["digest"], f"models:/{result['model']}@champion", result["predictions"]):
+        found, _ = finish(start("lineage", store, asked))
+        assert [dataset["id"] for dataset in found["datasets"]] == [result["dataset"]["digest"]]
+        [run], [weights] = found["runs"], found["weights"]
+        assert (run["stage"], run["status"], run["changed"]["train.budget"]) == ("train", "FINISHED", "24 steps")
+        [version] = found["versions"]
+        assert (version["version"], version["weights"], version["run_id"]) == ("1", weights["id"], run["id"])
+        assert [time["until"] for time in version["champion"]] == [None]
+        assert [table["id"] for table in found["tables"]] == [result["predictions"]]
+        assert len(found["unknown"]) == 1
+
+
 @pytest.mark.timeout(300)
 def test_a_killed_ingest_goes_on_where_it_stopped(tmp_path):
     data, rng = tmp_path / "data", np.random.default_rng(0)
