@@ -14,7 +14,7 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
-from pipelines.registry import CHAMPION, registered_name
+from pipelines.registry import CHAMPION, history, registered_name
 from pipelines.settings import RunSettings, UserError
 from pipelines.stage import read_json
 from pipelines.tracking import Tracker, tracker
@@ -323,7 +323,7 @@ def _versions(mlflow: Tracker) -> list[dict[str, Any]]:
     for name in dict.fromkeys(version.name for version in found):
         mine = [version for version in found if version.name == name]
         aliases = client.get_registered_model(name).aliases
-        moves = _moves(mine)
+        moves = history(mlflow, name)
         for version in mine:
             tags, number = version.tags, str(version.version)
             out.append({
@@ -336,18 +336,11 @@ def _versions(mlflow: Tracker) -> list[dict[str, Any]]:
     return out
 
 
-def _moves(versions: list) -> list[dict[str, Any]]:
-    """Verdicts and rollbacks on a model's versions, the oldest first: [{"when", "what", "version"}]."""
-    tags = sorted(tag for version in versions for tag in version.tags.items())  # their names say when
-    entries = [entry for key, text in tags if key.startswith("verdict.") and isinstance(entry := _value(text), dict)]
-    return [{"when": entry["when"], "what": entry["outcome"], "version": entry["version"]} for entry in entries]
-
-
 def champion_times(moves: list[dict[str, Any]], version: str) -> list[dict[str, str | None]]:
     """When a version was champion: [{"since", "until"}], until None for now.
 
-    moves: [{"when", "what", "version"}], the oldest first; "promoted", "rolled back" and "found" give the alias to the
-    version, anything else leaves it where it is.
+    moves: of `history`, the oldest first; "promoted", "rolled back" and "found" give the alias to the version, anything
+    else leaves it where it is.
     """
     times: list[dict[str, str | None]] = []
     standing = None

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from jobs.cli import main
+from pipelines.ledger import Ledger
 from pipelines.lineage import champion_times, lineage, lineage_tree
 from pipelines.settings import RunSettings, UserError, load_settings
 from pipelines.stage import write_json
@@ -36,12 +37,12 @@ class World:
         self.stage("ingest", "k2", "2026-01-02", {}, {}, self.dataset("cats", self.cats))
         self.first, self.first_weights = self.train("k1", self.cats, b"one", {})
         self.second, self.second_weights = self.train("k2", self.dogs, b"two", {"init_from": self.first_weights})
-        self.client.create_registered_model("cats")
+        Ledger(self.tracker, "cats")
         self.register(self.first, self.first_weights, self.cats)
         self.register(self.second, self.second_weights, self.dogs)
-        self.verdict("1", "promoted", "2026-01-03T00:00:00+00:00", "1")
-        self.verdict("2", "refused", "2026-01-04T00:00:00+00:00", "2")
-        self.verdict("2", "promoted", "2026-01-05T00:00:00+00:00", "2")
+        self.verdict("1", "promoted", "2026-01-03T00:00:00+00:00", None)
+        self.verdict("2", "refused", "2026-01-04T00:00:00+00:00", "1")
+        self.verdict("2", "promoted", "2026-01-05T00:00:00+00:00", "1")
         self.client.set_registered_model_alias("cats", "champion", "2")
         self.first_table = self.predict("k1", "cats", "1", self.first_weights)
         self.second_table = self.predict("k2", "cats", "2", self.second_weights)
@@ -76,11 +77,15 @@ class World:
         tags = {"model.safetensors_sha256": weights, "dataset_digest": dataset, "ap": "0.25", "split": "val"}
         self.client.create_model_version(model, f"file://{self.store}/somewhere", run_id, tags=tags)
 
-    def verdict(self, version: str, outcome: str, when: str, to: str) -> None:
-        entry = {"outcome": outcome, "when": when, "version": to}
-        stamp = when[:19].replace("-", "").replace(":", "")
-        for key, value in ((f"verdict.{stamp}.000000", json.dumps(entry)), ("verdict", outcome)):
-            self.client.set_model_version_tag("cats", version, key, value)
+    def verdict(self, version: str, outcome: str, when: str, champion: str | None) -> None:
+        """In the ledger, as `promote` leaves it; champion: the one before."""
+        ledger = Ledger(self.tracker, "cats")
+        if outcome == "promoted":
+            number = ledger.write("move", how="promoted", to=version, when=when, **{"from": champion})["number"]
+            ledger.write("done", move=number)
+        else:
+            ledger.write("verdict", outcome=outcome, version=version, when=when)
+        self.client.set_model_version_tag("cats", version, "verdict", outcome)
 
     def predict(self, key: str, model: str, version: str, weights: str) -> str:
         folder = self.stage("predict", key, "2026-01-06", {}, {"weights": weights}, {})
