@@ -144,26 +144,45 @@ def _machine() -> str:
 
 def _find_run(tracker: Tracker, name: str) -> str:
     """The ledger's run; one is made for a model without."""
-    from mlflow.exceptions import MlflowException
-
     client = tracker.client()
-    with tracker.lock():  # SQLite has a file beside it; on a server only who makes the model makes its ledger
-        try:
-            client.create_registered_model(name)
-            first = True
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            first = False
-        end = time.monotonic() + (0 if first else 10)
-        while not (run_id := client.get_registered_model(name).tags.get(TAG)) and time.monotonic() < end:
-            time.sleep(POLL_SECONDS[0])  # whoever made the model is about to
-        if not run_id:
-            run_id = tracker.start_run(f"registry of {name}", None, {"detr.stage": "registry", "detr.model": name})
-            tracker.end_run(run_id)
-            client.set_registered_model_tag(name, TAG, run_id)
-            time.sleep(POLL_SECONDS[0])  # several may have waited for one that was killed: the last one's counts
-            run_id = client.get_registered_model(name).tags[TAG]
+    run_id = _named(client, name)
+    if run_id is None:
+        with tracker.lock():  # SQLite has a file beside it; on a server only who makes the model makes its ledger
+            run_id = _make_run(tracker, name)
     if client.get_run(run_id).info.lifecycle_stage == "deleted":
         client.restore_run(run_id)
     return run_id
+
+
+def _named(client, name: str) -> str | None:
+    """The ledger's run as the model names it; None where it does not, or where there is no model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name).tags.get(TAG)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _make_run(tracker: Tracker, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    client = tracker.client()
+    try:
+        client.create_registered_model(name)
+        end = time.monotonic()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        end = time.monotonic() + 10  # whoever made the model is about to
+    while not (run_id := _named(client, name)) and time.monotonic() < end:
+        time.sleep(POLL_SECONDS[0])
+    if run_id:
+        return run_id
+    made = tracker.start_run(f"registry of {name}", None, {"detr.stage": "registry", "detr.model": name})
+    tracker.end_run(made)
+    client.set_registered_model_tag(name, TAG, made)
+    time.sleep(POLL_SECONDS[0])  # several may have waited for one that was killed: the last one's counts
+    return client.get_registered_model(name).tags[TAG]

@@ -11,13 +11,12 @@ import psycopg
 import pytest
 from mlflow_server import new_database
 
-from pipelines import registry
-from pipelines.registry import champion, download, promote, register, rollback
+from pipelines.registry import champion, download, history, promote, register, rollback
 from pipelines.settings import UserError, load_settings
 from pipelines.tracking import Tracker, tracker
 
 SENTENCE = re.compile(r"[A-Z][^\n]*[^.\n]\.")
-EVALUATION = {"split": "val", "split_digest": "val-1"}
+EVALUATION = {"split": "val", "split_digest": "val-1", "data": {"seen": None, "rejected": 0.0}}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +55,12 @@ def checkpoint(folder: Path, weights: bytes) -> Path:
     return folder
 
 
+def measured(_champion: Path) -> dict:
+    """What measuring the champion with AP 0.3 beside a version with 0.4 finds."""
+    ap = {"first": 0.3, "second": 0.4, "difference": 0.1, "low": 0.05, "high": 0.15}
+    return {"images": 9, "confidence": 0.95, "split_digest": "val-1", "seen_by_first": None, "AP": ap, "per_class": []}
+
+
 def test_a_training_is_tracked_through_the_server(tracked, tmp_path):
     run_id = tracked.start_run("train", tags={"detr.stage": "train"})
     tracked.log_params(run_id, {"train": {"lr": 4e-4}})
@@ -79,7 +84,8 @@ def test_a_model_is_registered_promoted_fetched_and_rolled_back(tracked, mlflow_
     for weights, ap in ((b"one", 0.3), (b"two", 0.4)):
         folder = checkpoint(tmp_path / weights.decode(), weights)
         made = register(settings, tracked, run_id, folder, {"AP": ap, **EVALUATION}, "data", "cats")
-        verdict = promote(settings, tracked, "cats", made["version"], {"AP": ap, **EVALUATION}, tmp_path / "promote")
+        places = (tmp_path / "promote", tmp_path / "models")
+        verdict = promote(settings, tracked, "cats", made["version"], {"AP": ap, **EVALUATION}, measured, *places)
         assert verdict["promoted"], verdict["reason"]
     assert champion(tracked, "cats")["version"] == "2"
     place, name, version = download(tracked, "models:/cats@champion", tmp_path / "got")
@@ -87,7 +93,9 @@ def test_a_model_is_registered_promoted_fetched_and_rolled_back(tracked, mlflow_
     assert register(settings, tracked, run_id, folder, {"AP": 0.4, **EVALUATION}, "data", "cats")["reused"]
     rollback(tracked, "cats", "misses small cats")
     assert champion(tracked, "cats")["version"] == "1"
-    assert "lease" not in tracked.client().get_registered_model("cats").tags
+    rows = history(tracked, "cats")
+    assert [row["what"] for row in rows] == ["promoted", "promoted", "rolled back"]
+    assert {row["who"] for row in rows} == {mlflow_server.user}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,7 @@ def test_who_may_only_read_fetches_models_and_changes_nothing(tracked, mlflow_se
     assert download(tracked, "models:/dogs/1", tmp_path / "got")[2] == "1"
     for work in (
         lambda: register(settings, tracked, run_id, two, evaluation, "data", "dogs"),
-        lambda: promote(settings, tracked, "dogs", "1", evaluation, tmp_path / "promote"),
+        lambda: promote(settings, tracked, "dogs", "1", evaluation, measured, tmp_path / "p", tmp_path / "models"),
         lambda: tracked.start_run("train"),
     ):
         with pytest.raises(UserError, match=f"does not let '{user}' ") as error:
@@ -143,15 +151,6 @@ def test_who_may_not_see_a_model_is_told_so(tracked, mlflow_server, log_in, tmp_
         with pytest.raises(UserError, match=f"does not let '{user}' ") as error:
             work()
         assert SENTENCE.fullmatch(str(error.value))
-
-
-def test_only_one_holds_the_lease_of_a_model_on_the_server(tracked):
-    client = tracked.client()
-    client.create_registered_model("leased")
-    with registry._tag_lease(client, "leased", settle=0.01):
-        second = registry._tag_lease(client, "leased", wait=0.1, settle=0.02)
-        with pytest.raises(registry.Timeout):
-            second.__enter__()
 
 
 def test_runs_in_a_postgresql_of_ones_own_with_the_password_in_the_environment(postgres, tmp_path, monkeypatch):
