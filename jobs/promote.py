@@ -17,6 +17,7 @@ def main(settings, store: Path, version: str | None, why: str) -> dict:
     It is measured beside the present champion on the same validation images; the settings gate.… say what it must show.
     """
     from pipelines.registry import newest_version, registered_name
+    from pipelines.settings import UserError
     from pipelines.tracking import tracker
     from pipelines.workflow import download_model, evaluate_stage, ingest_stage, promote_stage
 
@@ -24,8 +25,14 @@ def main(settings, store: Path, version: str | None, why: str) -> dict:
         data = ingest_stage(settings, store)
         name = registered_name(settings, data["result"]["name"])
         version = version or newest_version(tracker(settings, store, data["result"]["name"]), name)
-        place, _, _ = download_model(settings, store, data, f"models:/{name}/{version}")
-        evaluation = evaluate_stage(settings, store, data, place, "val")
+        try:
+            place, _, _ = download_model(settings, store, data, f"models:/{name}/{version}")
+        except UserError as error:
+            if error.exit_code == 2:  # there is no such version
+                raise
+            evaluation = None  # its files are spoilt: a verdict, too
+        else:
+            evaluation = evaluate_stage(settings, store, data, place, "val")
         result = promote_stage(settings, store, data, version, evaluation, why)["result"]
     lines = [f"{'yes' if rule['ok'] else 'NO ':<4} {rule['rule']}: {rule['words']}" for rule in result["rules"]]
     text = "\n".join([*lines, result["reason"]])

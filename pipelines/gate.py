@@ -19,40 +19,50 @@ from pipelines.storage import filesystem, join, kind
 
 TRAINED_ON = "trained_on.parquet"  # in a checkpoint: the images it was trained on, by digest and thumbnail
 
+BASE_UNKNOWN = b"detr.base_unknown"  # in its metadata: it began from a checkpoint that does not say
+
 Rule = dict[str, Any]
 
 
 def judge(
     gate: GateSettings,
-    evaluation: dict[str, Any],
+    evaluation: dict[str, Any] | None,
     candidate: dict[str, Any],
     champion: dict[str, Any] | None,
     comparison: dict[str, Any] | None,
 ) -> list[Rule]:
     """The rules as [{"rule", "ok", "figure", "limit", "words"}, ...]; the words say what was found.
 
-    evaluation: what `evaluate` returned, with "data" ({"seen", "rejected": shares of the images it was measured on, or
-    None where it is not known}). candidate: {"version", "problem" (what is wrong with its files, or None),
-    "categories", "megabytes", "rolled_back" (why, or None)}. champion: {"version", "problem", "categories"} of another
-    version, or None; comparison: `compare_evaluations` of the champion with the candidate, None where it could not be
-    made (and champion["problem"] or the classes say why), with "split_digest" and "seen_by_first", the share of the
-    images that the champion was trained on.
+    evaluation: what `evaluate` returned, with "data": {"seen", "rejected": shares of the images it was measured on;
+    "seen" None where it is not known, "base_known": whether it also says so of the checkpoint it began from}; None with
+    a candidate that has a problem, which is said alone. candidate: {"version", "problem" (what is wrong with its files,
+    or None), "categories", "megabytes", "rolled_back" (why, or None)}. champion: {"version", "problem", "categories"}
+    of another version, or None; comparison: `compare_evaluations` of the champion with the candidate, with
+    "split_digest" and "seen_by_first", the share of the images that the champion was trained on; None where it could
+    not be made (and champion["problem"] or the classes say why).
     """
     rules = [
         _rule(
             "files are those registered", candidate["problem"] is None, candidate["problem"], None,
             candidate["problem"] or "its files are those that were registered",
-        ),
+        )
+    ]  # fmt: skip
+    if candidate["problem"] is not None:
+        return rules
+    seen = _share(
+        "was not trained on the images it is measured on", evaluation["data"]["seen"], gate.max_seen,
+        "of the images it was measured on, or nearly the same ones, it was trained on", "gate.max_seen",
+    )  # fmt: skip
+    if not evaluation["data"]["base_known"]:
+        seen["words"] += "; on which the checkpoint was that it began from is not known"
+    rules += [
         _floor(gate, evaluation),
         _rule(
             "was not rolled back", candidate["rolled_back"] is None, candidate["rolled_back"], None,
             "it never was" if candidate["rolled_back"] is None
             else f"it was rolled back ({candidate['rolled_back']}); delete its tag rolled_back to allow it again",
         ),
-        _share(
-            "was not trained on the images it is measured on", evaluation["data"]["seen"], gate.max_seen,
-            "of the images it was measured on, or nearly the same ones, it was trained on", "gate.max_seen",
-        ),
+        seen,
         _share(
             "data checks passed", evaluation["data"]["rejected"], gate.max_rejected,
             "of the images it was to be measured on were rejected", "gate.max_rejected",
@@ -77,21 +87,25 @@ def judge(
     return rules
 
 
-def seen_in_training(checkpoint: Path, dataset_folder: Path, split: str) -> float | None:
-    """Which share of a split's images the checkpoint was trained on, or on nearly the same; None if it does not say."""
+def seen_in_training(checkpoint: Path, dataset_folder: Path, split: str) -> tuple[float | None, bool]:
+    """Which share of a split's images the checkpoint was trained on, or on nearly the same; None if it does not say.
+
+    And whether that includes what the checkpoint was trained on that it began from, if any.
+    """
     path = Path(checkpoint) / TRAINED_ON
     if not path.is_file():
-        return None
+        return None, True
     trained, measured = pq.read_table(path), read_split(dataset_folder, split, ["sha256", "thumbnail"])
+    whole = BASE_UNKNOWN not in (trained.schema.metadata or {})
     if not measured.num_rows:
-        return 0.0
+        return 0.0, whole
     same = pc.is_in(measured["sha256"], value_set=trained["sha256"].combine_chunks()).to_numpy()
     pictures, others = (
         np.frombuffer(b"".join(table["thumbnail"].to_pylist()), np.uint8).reshape(table.num_rows, -1)
         for table in (measured, trained)
     )
     alike = np.array([len(near) > 0 for near in find_alike(pictures, others)], bool)
-    return float((same | alike).mean())
+    return float((same | alike).mean()), whole
 
 
 def rejected_share(dataset_folder: Path, split: str) -> float:
@@ -106,12 +120,17 @@ def rejected_share(dataset_folder: Path, split: str) -> float:
 def write_trained_on(dataset_folder: Path, checkpoint: Path, base: str | None = None) -> None:
     """Leave in a checkpoint which images it was trained on; base: the checkpoint it began from, whose images count."""
     tables = [read_split(dataset_folder, "train", ["sha256", "thumbnail"])]
+    whole = True
     if base is not None:
         place = join(base, TRAINED_ON)
-        if kind(place) == FileType.File:
+        whole = kind(place) == FileType.File
+        if whole:
             fs, path = filesystem(place)
             tables.append(pq.read_table(path, filesystem=fs))
-    pq.write_table(pa.concat_tables(tables), Path(checkpoint) / TRAINED_ON)
+            whole = BASE_UNKNOWN not in (tables[-1].schema.metadata or {})
+    table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
+    table = table if whole else table.replace_schema_metadata({BASE_UNKNOWN: b""})
+    pq.write_table(table, Path(checkpoint) / TRAINED_ON)
 
 
 def _rule(rule: str, ok: bool, figure: Any, limit: Any, words: str) -> Rule:
@@ -169,7 +188,13 @@ def _above(gate: GateSettings, comparison: dict[str, Any], other: str) -> Rule:
     rule, ap = "AP is above the champion's", comparison["AP"]
     if ap["difference"] is None:
         return _rule(rule, False, None, gate.margin, f"it cannot be compared with {other}: there is nothing to find")
-    low = ap["low"] if ap["low"] is not None else ap["difference"]  # without resamples there is no interval
+    if ap["low"] is None and comparison["resamples"]:
+        return _rule(
+            rule, False, round(ap["difference"], 6), gate.margin,
+            f"its AP {ap['second']:.4f} is {ap['difference']:+.4f} beside the {ap['first']:.4f} of {other}, and there "
+            "are too few images with objects to be sure (evaluate.resamples=0 lets the difference itself decide)",
+        )  # fmt: skip
+    low = ap["low"] if ap["low"] is not None else ap["difference"]
     sure = "" if ap["low"] is None else f", {comparison['confidence']:.0%} sure {ap['low']:+.4f} to {ap['high']:+.4f}"
     ok, seen = low > gate.margin, comparison["seen_by_first"] or 0.0
     return _rule(
@@ -182,10 +207,11 @@ def _above(gate: GateSettings, comparison: dict[str, Any], other: str) -> Rule:
 
 def _no_class_lost(gate: GateSettings, comparison: dict[str, Any]) -> Rule:
     known = [one for one in comparison["per_class"] if one["difference"] is not None]
-    lost = [
-        one for one in known
-        if one["difference"] < -gate.max_class_drop and (one["high"] is None or one["high"] < 0)
-    ]  # fmt: skip
+
+    def surely(one: dict[str, Any]) -> bool:
+        return not comparison["resamples"] if one["high"] is None else one["high"] < 0
+
+    lost = [one for one in known if one["difference"] < -gate.max_class_drop and surely(one)]
     said = "; ".join(f"{one['name']!r} fell from AP {one['first']:.3f} to {one['second']:.3f}" for one in lost[:5])
     more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
     return _rule(

@@ -138,8 +138,10 @@ def _is_over(holder: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """The same for all processes of a machine, without its name."""
-    return hashlib.sha256(f"{socket.gethostname()} {uuid.getnode()} {psutil.boot_time():.0f}".encode()).hexdigest()[:16]
+    """The same for all processes that see each other's pids, without the machine's name."""
+    pids = os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""  # containers have their own
+    text = f"{socket.gethostname()} {uuid.getnode()} {psutil.boot_time():.0f} {pids}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _find_run(tracker: Tracker, name: str) -> str:

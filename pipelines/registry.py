@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from pipelines.gate import TRAINED_ON, judge, missing_classes
 from pipelines.ledger import TAG, Ledger, short_json, who
+from pipelines.progress import console
 from pipelines.settings import RunSettings, UserError, digest
 from pipelines.stage import read_json, write_json
 from pipelines.tracking import MAX_TAG, Tracker
@@ -50,6 +52,8 @@ def register(
 ) -> dict[str, Any]:
     """Make the checkpoint a version of `model_name`, or find the version it already is. A new one is its challenger.
 
+    A version whose files were spoilt is not found: the checkpoint becomes a new one.
+
     evaluation: what `evaluate` returned; the thresholds of its best F1, overall and of each class that has enough
     objects, become the model's own. Returns {"name", "version", "uri", "run_id", "weights_sha256", "reused"}. Raises
     UserError if the folder is no checkpoint.
@@ -66,7 +70,7 @@ def register(
         config = read_json(files / "config.json")
         write_json(files / "config.json", {**config, **_thresholds(evaluation)})
         sums = _checksums(files)
-        known = _same_version(client, model_name, sums)
+        known = _same_version(tracker, model_name, sums)
         if known:
             return _registered(known, reused=True)
         tags = {
@@ -86,7 +90,7 @@ def register(
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     with ledger.lease():  # not while files go up, which may take long
-        known = _same_version(client, model_name, sums)
+        known = _same_version(tracker, model_name, sums)
         if known:
             return _registered(known, reused=True)
         try:
@@ -119,7 +123,7 @@ def promote(
     tracker: Tracker,
     model_name: str,
     version: str,
-    evaluation: dict[str, Any],
+    evaluation: dict[str, Any] | None,
     compare: Callable[[Path], dict[str, Any]],
     folder: Path,
     models: Path,
@@ -127,7 +131,8 @@ def promote(
 ) -> dict[str, Any]:
     """Make a version champion if it passes the gate.
 
-    evaluation: what `evaluate` found now, with "data" (see `gate.judge`). compare: called with the checkpoint of a
+    evaluation: what `evaluate` found now, with "data" (see `gate.judge`); None where its files could not be had, which
+    is a refusal. compare: called with the checkpoint of a
     champion that is another version; measures that on the same images and returns `compare_evaluations` of it and of
     this version, with "split_digest"; nobody is kept waiting meanwhile. folder: gets `verdict.json`; models: where
     champions' files are kept, as for `download`. why: in the asker's words, kept.
@@ -140,11 +145,12 @@ def promote(
     client = tracker.client()
     version = str(version)
     folder = Path(folder)
-    tags = dict(_version(tracker, model_name, version).tags)
+    _version(tracker, model_name, version)
     ledger = Ledger(tracker, model_name)
     with tempfile.TemporaryDirectory(prefix="detr-candidate-") as temporary:  # not a copy fetched earlier
         candidate = _examine(tracker, model_name, version, Path(temporary), whole=True)
-    candidate["rolled_back"] = tags.get("rolled_back")
+    if evaluation is None and candidate["problem"] is None:
+        raise UserError(f"The files of {model_name!r} version {version} could not be had before; try again.")
     for _ in range(TRIES):
         standing = _Standing(tracker, ledger)
         other, comparison = None, None
@@ -152,13 +158,17 @@ def promote(
             other = {"version": standing.version, "problem": standing.problem, "categories": []}
             if other["problem"] is None:
                 other |= _examine(tracker, model_name, standing.version, models)
-            if other["problem"] is None and not missing_classes(other["categories"], candidate["categories"]):
+                if other["problem"]:
+                    other["problem"] += "; mend that, or run `detr rollback` to return to the champion before it"
+            fits = not missing_classes(other["categories"], candidate["categories"])
+            if candidate["problem"] is None and other["problem"] is None and fits:
                 comparison = compare(other["place"])
         with ledger.lease():
             now = _Standing(tracker, ledger)
             if (now.version, now.problem) != (standing.version, standing.problem):
                 continue  # the champion was moved meanwhile: measure against the new one
             now.settle()
+            candidate["rolled_back"] = _version(tracker, model_name, version).tags.get("rolled_back")
             rules = judge(settings.gate, evaluation, candidate, other, comparison)
             promoted = all(rule["ok"] for rule in rules)
             verdict = {
@@ -181,10 +191,13 @@ def promote(
                 facts |= {"outcome": "promoted" if promoted else "refused"}
             number = ledger.write("move" if moves else "verdict", **facts)["number"]
             client.log_dict(ledger.run_id, verdict, f"verdicts/{number:06d}-version-{version}.json")
-            for key, value in (_evaluation_tags(evaluation) | _verdict_tags(verdict)).items():
-                client.set_model_version_tag(model_name, version, key, value)
             if moves:
                 _move_champion(tracker, ledger, version)  # a crash before this leaves the old champion
+            measured = _evaluation_tags(evaluation) if evaluation else {}
+            for key, value in (measured | _verdict_tags(verdict)).items():  # never of a move that was not made
+                client.set_model_version_tag(model_name, version, key, value)
+            if moves:
+                ledger.write("done", move=number)
                 challenger = _alias(tracker, model_name, CHALLENGER)
                 if challenger and str(challenger.version) == version:
                     client.delete_registered_model_alias(model_name, CHALLENGER)
@@ -195,28 +208,35 @@ def promote(
 
 
 def rollback(tracker: Tracker, model_name: str, why: str) -> dict[str, Any]:
-    """Give the alias back to the champion before this one that still exists.
+    """Give the alias back to the champion before this one, of those whose files are there and whole.
 
-    Where the champion's version was deleted and there is none before it, that is acknowledged: the next version that
+    Where the champion was deleted or spoilt and there is none before it, that is acknowledged: the next version that
     passes is a first champion. Returns {"version" (or None), "previous", "reason"}; the version that lost the alias
     gets the tag rolled_back, and the gate refuses it from then on. Raises UserError if there is no champion or it
     followed none.
     """
-    client = tracker.client()
     _model(tracker, model_name)
     ledger = Ledger(tracker, model_name)
-    with ledger.lease():
-        standing = _Standing(tracker, ledger)
-        if standing.version is None:
-            raise UserError(f"Model {model_name!r} has no champion to roll back.", 2)
-        before = next((v for v in reversed(standing.champions[:-1]) if _exists(tracker, model_name, v)), None)
-        if before is None and standing.problem is None:
+    standing = _Standing(tracker, ledger)
+    if standing.version is None:
+        raise UserError(f"Model {model_name!r} has no champion to roll back.", 2)
+    with tempfile.TemporaryDirectory(prefix="detr-rollback-") as place:
+
+        def usable(version: str) -> bool:
+            return _examine(tracker, model_name, version, Path(place))["problem"] is None
+
+        before = next((version for version in reversed(standing.champions[:-1]) if usable(version)), None)
+        if before is None and standing.problem is None and usable(standing.version):
             raise UserError(f"Version {standing.version} of {model_name!r} was the first champion.", 2)
-        standing.settle()
-        ledger.write("move", how="rolled back", to=before, **{"from": standing.version}, why=why)
-        if _exists(tracker, model_name, standing.version):
-            client.set_model_version_tag(model_name, standing.version, "rolled_back", why[:1000])
+    with ledger.lease():
+        now = _Standing(tracker, ledger)
+        if now.champions != standing.champions:
+            raise UserError(f"The champion of {model_name!r} was moved meanwhile; see `detr history`, and try again.")
+        now.settle()
+        number = ledger.write("move", how="rolled back", to=before, **{"from": standing.version}, why=why)["number"]
         _move_champion(tracker, ledger, before)
+        _forbid(tracker, model_name, standing.version, why)
+        ledger.write("done", move=number)
     return {"version": before, "previous": standing.version, "reason": why}
 
 
@@ -366,7 +386,11 @@ def _fetch(tracker: Tracker, found, folder: Path) -> Path:
         return place
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-        _get(tracker, found, "/artifacts/checkpoint", Path(temporary)).rename(place)
+        got = _get(tracker, found, "/artifacts/checkpoint", Path(temporary))
+        with suppress(OSError):  # another process may have been first
+            got.rename(place)
+        if not place.is_dir():
+            raise UserError(f"{place} cannot be made.")
     return place
 
 
@@ -382,7 +406,8 @@ def _get(tracker: Tracker, found, below: str, folder: Path) -> Path:
             registry_uri=tracker.uri,
         )  # fmt: skip
     except (MlflowException, OSError) as error:
-        raise UserError(f"The files of {found.name!r} version {found.version} cannot be fetched: {error}") from error
+        console.print(f"  {' '.join(str(error).split())}")  # it names places, which belong into no verdict
+        raise UserError(f"The files of {found.name!r} version {found.version} cannot be fetched.") from error
     return Path(got)
 
 
@@ -412,9 +437,15 @@ def _thresholds(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {"score_threshold": best, "score_thresholds": classes}
 
 
-def _same_version(client, name: str, sums: dict[str, str]):
+def _same_version(tracker: Tracker, name: str, sums: dict[str, str]):
+    """The newest version with these digests whose files are still those; None where there is none."""
     terms = [f"name = '{name}'", *(f"tags.`{key}` = '{value}'" for key, value in sums.items())]
-    return next(iter(client.search_model_versions(" and ".join(terms), max_results=1)), None)
+    found = tracker.client().search_model_versions(" and ".join(terms))
+    for version in sorted(found, key=lambda version: -int(version.version)):
+        with tempfile.TemporaryDirectory(prefix="detr-version-") as place:
+            if _examine(tracker, name, str(version.version), Path(place), whole=True)["problem"] is None:
+                return version
+    return None
 
 
 def _examine(tracker: Tracker, name: str, version: str, folder: Path, whole: bool = False) -> dict[str, Any]:
@@ -473,7 +504,8 @@ class _Standing:
         outcomes = _outcomes(tracker, ledger.name, entries)
         moves = [entry for entry in entries if entry["kind"] == "move"]
         told = {entry["move"] for entry in entries if entry["kind"] in ("done", "abandoned")}
-        self.open = [(move["number"], outcomes[move["number"]]) for move in moves if move["number"] not in told]
+        self.tracker = tracker
+        self.open = [(move, outcomes[move["number"]]) for move in moves if move["number"] not in told]
         self.champions: list[str] = []  # the last one is the present one, before it those to go back to
         for move in moves:
             if outcomes[move["number"]] == "abandoned":
@@ -492,16 +524,26 @@ class _Standing:
         self.version = self.champions[-1] if self.champions else None
         self.problem = None
         if self.version is not None and self.alias is None:
-            gone = "lost its alias" if _exists(tracker, ledger.name, self.version) else "was deleted"
-            self.problem = (
-                f"champion version {self.version} {gone}, so nothing can be measured against it; run `detr rollback` "
-                "to return to the champion before it or, if there is none, to begin anew"
-            )
+            if _exists(tracker, ledger.name, self.version):
+                self.problem = (
+                    f"champion version {self.version} lost its alias; run `detr promote --version {self.version}` to "
+                    "give it back, or `detr rollback` to return to the champion before it"
+                )
+            else:
+                self.problem = (
+                    f"champion version {self.version} was deleted, so nothing can be measured against it; run `detr "
+                    "rollback` to return to the champion before it or, if there is none, to begin anew"
+                )
 
     def settle(self) -> None:
         """Write into the ledger what was learnt from the alias, under the lease."""
-        for number, outcome in self.open:
-            self.ledger.write(outcome, move=number)
+        for move, outcome in self.open:
+            if outcome == "done" and move["how"] == "promoted" and _exists(self.tracker, self.ledger.name, move["to"]):
+                for key, value in (("verdict", "promoted"), ("verdict_reason", move["reason"][:1000])):
+                    self.ledger.client.set_model_version_tag(self.ledger.name, move["to"], key, value)
+            if outcome == "done" and move["how"] == "rolled back":
+                _forbid(self.tracker, self.ledger.name, move["from"], move["why"])
+            self.ledger.write(outcome, move=move["number"])
         if self.found:
             entry = self.ledger.write("move", how="found", to=self.alias, **{"from": self.found[0]})
             self.ledger.write("done", move=entry["number"])
@@ -521,16 +563,22 @@ def _outcomes(tracker: Tracker, name: str, entries: list[dict[str, Any]]) -> dic
 
 
 def _move_champion(tracker: Tracker, ledger: Ledger, version: str | None) -> None:
-    """The alias to a version (None: it is gone already), if the lease still is ours, and a last word to the ledger."""
-    number = ledger.entries()[-1]["number"]
+    """The alias to a version (None: away), if the lease still is ours."""
+    client = tracker.client()
     ledger.check_lease()
-    if version is not None:
-        tracker.client().set_registered_model_alias(ledger.name, CHAMPION, version)
-        now = champion(tracker, ledger.name)
-        if now is None or now["version"] != version:
-            raise UserError(f"MLflow took version {version} of {ledger.name!r} as {CHAMPION} but does not show it; "
-                            "try again.")  # fmt: skip
-    ledger.write("done", move=number)
+    if version is None:
+        client.delete_registered_model_alias(ledger.name, CHAMPION)
+        return
+    client.set_registered_model_alias(ledger.name, CHAMPION, version)
+    now = champion(tracker, ledger.name)
+    if now is None or now["version"] != version:
+        raise UserError(f"MLflow does not show version {version} of {ledger.name!r} as {CHAMPION}; try again.")
+
+
+def _forbid(tracker: Tracker, name: str, version: str, why: str) -> None:
+    """The gate refuses a version that was rolled back from then on."""
+    if _exists(tracker, name, version):
+        tracker.client().set_model_version_tag(name, version, "rolled_back", why[:1000])
 
 
 def _model(tracker: Tracker, name: str):

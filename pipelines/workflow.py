@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 APPLICATION_VERSION = "2"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
-VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 8, "evaluate": 2, "predict": 1, "report": 4}
+VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 8, "evaluate": 3, "predict": 2, "report": 4}
 GATE_REFUSED = 3
+THRESHOLDS = ("score_threshold", "score_thresholds")  # in a checkpoint's config.json
 
 Record = dict[str, Any]
 
@@ -91,7 +93,7 @@ def evaluate_stage(settings: RunSettings, store: Path, data: Record, checkpoint:
     dataset = read_json(Path(data["folder"]) / "dataset.json")
     if split not in dataset["splits"]:
         raise UserError(f"The dataset has no split {split!r}; it has {', '.join(dataset['splits'])}.", 2)
-    inputs = {"weights": weights_digest(checkpoint), "split": split, "split_digest": dataset["splits"][split]["digest"],
+    inputs = {**_checkpoint_inputs(checkpoint), "split": split, "split_digest": dataset["splits"][split]["digest"],
               "dataset": dataset["digest"]}  # fmt: skip
     chosen = {"evaluate": settings.evaluate.model_dump(), "max_pixels": settings.ingest.max_pixels,
               "seed": settings.seed}  # fmt: skip
@@ -116,9 +118,12 @@ def register_stage(
 
 
 def promote_stage(
-    settings: RunSettings, store: Path, data: Record, version: str, evaluation: Record, why: str = ""
+    settings: RunSettings, store: Path, data: Record, version: str, evaluation: Record | None, why: str = ""
 ) -> Record:
-    """The gate's verdict, and the alias moved if it passed. Asked anew every time: champions change."""
+    """The gate's verdict, and the alias moved if it passed. Asked anew every time: champions change.
+
+    evaluation: None where the version's files cannot be had, which is a refusal, too.
+    """
     from pipelines.compare import compare_evaluations
     from pipelines.gate import rejected_share, seen_in_training
     from pipelines.registry import promote, registered_name
@@ -126,21 +131,20 @@ def promote_stage(
     name = registered_name(settings, data["result"]["name"])
     folder, dataset_folder = Path(store) / "promote" / f"{name}-{version}", Path(data["folder"])
     tracker = _tracker(settings, store, data)
-    split, split_digest = (evaluation["result"][key] for key in ("split", "split_digest"))
-    place, _, _ = download_model(settings, store, data, f"models:/{name}/{version}")
-    measured = {
-        **evaluation["result"],
-        "data": {
-            "seen": seen_in_training(place, dataset_folder, split),
-            "rejected": rejected_share(dataset_folder, split),
-        },
-    }
+    measured = None
+    if evaluation is not None:
+        split, seen, base_known = evaluation["result"]["split"], None, True
+        with suppress(UserError):  # the gate examines the files itself, and says what is wrong
+            place, _, _ = download_model(settings, store, data, f"models:/{name}/{version}")
+            seen, base_known = seen_in_training(place, dataset_folder, split)
+        rejected = rejected_share(dataset_folder, split)
+        measured = {**evaluation["result"], "data": {"seen": seen, "base_known": base_known, "rejected": rejected}}
 
     def compare(champion: Path) -> dict[str, Any]:
         other = evaluate_stage(settings, store, data, champion, split)
         found = compare_evaluations(settings, dataset_folder, split, Path(other["folder"]), Path(evaluation["folder"]))
-        seen = seen_in_training(champion, dataset_folder, split)
-        return {**found, "split": split, "split_digest": split_digest, "seen_by_first": seen}
+        seen, _ = seen_in_training(champion, dataset_folder, split)
+        return {**found, "split": split, "split_digest": other["result"]["split_digest"], "seen_by_first": seen}
 
     record = _timed(
         "promote",
@@ -158,7 +162,9 @@ def predict_stage(
     from pipelines.predict import list_images, predict
 
     listed = list_images(images, settings)
-    inputs = {"images": digest(listed, 64), "weights": weights_digest(checkpoint), "model": [model_name, str(version)]}
+    own = {key: read_json(Path(checkpoint) / "config.json").get(key) for key in THRESHOLDS}
+    inputs = {**_checkpoint_inputs(checkpoint), "images": digest(listed, 64), "model": [model_name, str(version)],
+              "thresholds": digest(own)}  # fmt: skip
     return _stage(store, "predict", settings.predict.model_dump(), inputs,
                   lambda folder: predict(settings, listed, checkpoint, model_name, str(version), folder))  # fmt: skip
 
@@ -321,9 +327,13 @@ def _run_stages(
     predictions = None
     champion = verdict["result"]["champion"]
     if champion is not None:
-        place, _, _ = download_model(settings, store, data, f"models:/{name}/{champion}")
-        images, chosen = _images_to_predict(settings, store, data, splits[-1])
-        predictions = step("predict", lambda _, *rest: predict_stage(chosen, *rest), images, place, name, champion)
+        try:
+            place, _, _ = download_model(settings, store, data, f"models:/{name}/{champion}")
+        except UserError as error:  # of a champion that stays one: the page says why nothing could beat it
+            console.print(f"Nothing is predicted. {error}")
+        else:
+            images, chosen = _images_to_predict(settings, store, data, splits[-1])
+            predictions = step("predict", lambda _, *rest: predict_stage(chosen, *rest), images, place, name, champion)
     stages = [stage for stage in (data, trials, training, *evaluations, version, verdict, predictions) if stage]
     if settings.data.path is None:
         stages.insert(0, sample_stage(settings, store))
@@ -414,6 +424,13 @@ def latest(store: Path, stage: str) -> Record | None:
     if folder is None or not (Path(folder) / "stage.json").is_file():
         return None
     return {**read_json(Path(folder) / "stage.json"), "folder": folder, "reused": True}
+
+
+def _checkpoint_inputs(checkpoint: Path) -> dict[str, str]:
+    """What a checkpoint finds depends on its weights, and on how they are read: sizes of images, order of labels."""
+    weights, path = weights_digest(checkpoint), Path(checkpoint) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    return {"weights": weights, "config": digest({key: config.get(key) for key in ("model", "categories")})}
 
 
 def weights_digest(checkpoint: Path) -> str:

@@ -56,10 +56,10 @@ def trained(tmp_path):
 
 def test_the_same_images_and_nearly_the_same_are_seen(trained, tmp_path):
     fresh = [encoded(photo(n)) for n in range(100, 106)]
-    assert seen_in_training(trained, dataset(tmp_path / "none", val=fresh), "val") == 0
+    assert seen_in_training(trained, dataset(tmp_path / "none", val=fresh), "val") == (0, True)
     same, again = encoded(photo(3)), encoded(photo(4), quality=60)
-    assert seen_in_training(trained, dataset(tmp_path / "two", val=[*fresh, same, again]), "val") == 0.25
-    assert seen_in_training(trained, dataset(tmp_path / "empty", val=[]), "val") == 0
+    assert seen_in_training(trained, dataset(tmp_path / "two", val=[*fresh, same, again]), "val") == (0.25, True)
+    assert seen_in_training(trained, dataset(tmp_path / "empty", val=[]), "val") == (0, True)
 
 
 def test_a_model_that_began_from_another_has_seen_its_images(trained, tmp_path):
@@ -67,11 +67,15 @@ def test_a_model_that_began_from_another_has_seen_its_images(trained, tmp_path):
     tuned = tmp_path / "tuned"
     tuned.mkdir()
     write_trained_on(data, tuned, base=str(trained))
-    assert seen_in_training(tuned, data, "val") == 0.5
+    assert seen_in_training(tuned, data, "val") == (0.5, True)
     write_trained_on(data, tuned, base=str(tmp_path / "official.pth"))  # a file that says nothing of its images
-    assert seen_in_training(tuned, data, "val") == 0.25
+    assert seen_in_training(tuned, data, "val") == (0.25, False)
+    again = tmp_path / "again"
+    again.mkdir()
+    write_trained_on(data, again, base=str(tuned))  # nor does what began from it
+    assert seen_in_training(again, data, "val") == (0.25, False)
     (tuned / TRAINED_ON).unlink()
-    assert seen_in_training(tuned, data, "val") is None
+    assert seen_in_training(tuned, data, "val") == (None, True)
 
 
 def test_the_share_of_rejected_images(tmp_path):

@@ -16,7 +16,7 @@ from pipelines.settings import UserError, load_settings
 from pipelines.tracking import Tracker, tracker
 
 SENTENCE = re.compile(r"[A-Z][^\n]*[^.\n]\.")
-EVALUATION = {"split": "val", "split_digest": "val-1", "data": {"seen": None, "rejected": 0.0}}
+EVALUATION = {"split": "val", "split_digest": "val-1", "data": {"seen": None, "base_known": True, "rejected": 0.0}}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,8 @@ def checkpoint(folder: Path, weights: bytes) -> Path:
 def measured(_champion: Path) -> dict:
     """What measuring the champion with AP 0.3 beside a version with 0.4 finds."""
     ap = {"first": 0.3, "second": 0.4, "difference": 0.1, "low": 0.05, "high": 0.15}
-    return {"images": 9, "confidence": 0.95, "split_digest": "val-1", "seen_by_first": None, "AP": ap, "per_class": []}
+    return {"images": 9, "confidence": 0.95, "resamples": 9, "split_digest": "val-1", "seen_by_first": None, "AP": ap,
+            "per_class": []}  # fmt: skip
 
 
 def test_a_training_is_tracked_through_the_server(tracked, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,11 @@ def checkpoint(folder: Path, weights: bytes, categories=CATEGORIES) -> Path:
     return folder
 
 
+DATA = {"seen": 0.0, "base_known": True, "rejected": 0.0}
+
+
 def scored(ap: float | None, data: str = "val-1", **more) -> dict:
-    return {"AP": ap, "split": "val", "split_digest": data, "data": {"seen": 0.0, "rejected": 0.0}, **more}
+    return {"AP": ap, "split": "val", "split_digest": data, "data": DATA, **more}
 
 
 def compared(first: float, second: float, half: float = 0.0, data: str = "val-1", per_class=()) -> dict:
@@ -47,7 +51,7 @@ def compared(first: float, second: float, half: float = 0.0, data: str = "val-1"
     difference = second - first
     ap = {"first": first, "second": second, "difference": difference, "low": difference - half,
           "high": difference + half}  # fmt: skip
-    return {"images": 100, "confidence": 0.95, "split_digest": data, "seen_by_first": None, "AP": ap,
+    return {"images": 100, "confidence": 0.95, "resamples": 1000, "split_digest": data, "seen_by_first": None, "AP": ap,
             "per_class": list(per_class)}  # fmt: skip
 
 
@@ -143,8 +147,12 @@ def test_without_an_interval_the_difference_itself_counts(tracked, name, add, ju
 
     def compare(_place: Path) -> dict:
         found = compared(0.3, 0.31)
-        return found | {"AP": found["AP"] | {"low": None, "high": None}}
+        return found | {"AP": found["AP"] | {"low": None, "high": None}, "resamples": resamples}
 
+    resamples = 1000  # which were made, on too few images
+    verdict = promote(SETTINGS, tracked, name, version, scored(0.31), compare, tmp_path, tmp_path / "models")
+    assert failed(verdict) == ["AP is above the champion's"] and "too few images with objects" in verdict["reason"]
+    resamples = 0
     verdict = promote(SETTINGS, tracked, name, version, scored(0.31), compare, tmp_path, tmp_path / "models")
     assert verdict["promoted"] and "sure" not in verdict["reason"]
 
@@ -168,17 +176,18 @@ def test_a_class_must_not_be_lost(name, add, judge):
     assert failed(verdict) == ["no class is much worse"]
     assert "'dog' fell from AP 0.500 to 0.300" in verdict["reason"]
     unsure = lost | {"high": 0.01}
+    rare = lost | {"low": None, "high": None}
     little = lost | {"second": 0.45, "difference": -0.05, "high": -0.01}
     unknown = {**dict.fromkeys(lost), "name": "cat", "id": 3}
-    assert judge(second, scored(0.4), per_class=[unsure, little, unknown])["promoted"]
+    assert judge(second, scored(0.4), per_class=[unsure, rare, little, unknown])["promoted"]
 
 
 @pytest.mark.parametrize(
     "evaluation, override, rule, words",
     [
-        ({"data": {"seen": 0.25, "rejected": 0.0}}, None, "was not trained on the images it is measured on",
+        ({"data": DATA | {"seen": 0.25}}, None, "was not trained on the images it is measured on",
          "25.0% of the images it was measured on, or nearly the same ones, it was trained on"),
-        ({"data": {"seen": None, "rejected": 0.5}}, None, "data checks passed", "50.0% of the images"),
+        ({"data": DATA | {"seen": None, "rejected": 0.5}}, None, "data checks passed", "50.0% of the images"),
         ({}, "gate.max_megabytes=0.1", "is small enough", "its weights have 0.2 MB, and gate.max_megabytes is 0.1"),
         ({"images_per_second": 3.0}, "gate.min_images_per_second=5", "is fast enough", "its speed is 3 images/s"),
         ({"images_per_second": None}, "gate.min_images_per_second=5", "is fast enough", "was not measured"),
@@ -395,6 +404,21 @@ def test_a_champion_that_was_deleted_is_noticed(tracked, name, add, judge):
     assert champion(tracked, name)["version"] == third
 
 
+def test_a_version_rolled_back_while_it_is_judged_stays_so(tracked, name, add, judge, tmp_path):
+    judge(add(b"one", 0.3), scored(0.3))
+    second = add(b"two", 0.4)
+
+    def compare(_place: Path) -> dict:
+        """Takes a while, in which somebody else promotes it, and takes it back."""
+        judge(second, scored(0.4))
+        rollback(tracked, name, "misses small cats")
+        return compared(0.3, 0.4)
+
+    verdict = promote(SETTINGS, tracked, name, second, scored(0.4), compare, tmp_path, tmp_path / "models")
+    assert failed(verdict) == ["was not rolled back"]
+    assert champion(tracked, name)["version"] == "1"
+
+
 def test_an_alias_moved_by_hand_is_found_and_told(tracked, name, add, judge):
     judge(add(b"one", 0.3), scored(0.3))
     second = add(b"two", 0.2)
@@ -405,7 +429,8 @@ def test_an_alias_moved_by_hand_is_found_and_told(tracked, name, add, judge):
     ]  # fmt: skip
     assert rollback(tracked, name, "a")["version"] == "2"
     tracked.client().delete_registered_model_alias(name, "champion")
-    assert failed(judge("1", scored(0.3))) == ["the champion is there"]
+    bared = judge("1", scored(0.3))
+    assert failed(bared) == ["the champion is there"] and "`detr promote --version 2`" in bared["reason"]
     assert judge("2", scored(0.3))["promoted"]  # it is the one, and has its alias again
     assert champion(tracked, name)["version"] == "2"
 
@@ -417,6 +442,41 @@ def test_a_champion_whose_files_are_spoilt_bars_the_way(tracked, name, add, judg
     verdict = judge(add(b"two", 0.4), scored(0.4))
     assert failed(verdict) == ["the champion is there"]
     assert "model.safetensors of" in verdict["reason"] and verdict["champion"] == version
+    assert "`detr rollback`" in verdict["reason"] and "/" not in verdict["reason"].replace("models/", "")
+    assert rollback(tracked, name, "spoilt")["version"] is None  # there is none before it
+    assert champion(tracked, name) is None
+    assert judge("2", scored(0.4))["promoted"]
+    judge(add(b"three", 0.5), scored(0.5))
+    shutil.rmtree(stored(tracked, name, "2"))
+    with pytest.raises(UserError, match="was the first champion"):  # the one before it is of no use
+        rollback(tracked, name, "why not")
+
+
+def test_a_checkpoint_whose_version_was_spoilt_is_registered_anew(tracked, run_id, name, add, judge, tmp_path):
+    judge(add(b"one", 0.3), scored(0.3))
+    (stored(tracked, name, "1") / "config.json").write_text("{}")
+    verdict = judge("1", scored(0.3))
+    assert "register the checkpoint again" in verdict["reason"] and len(verdict["rules"]) == 1
+    again = register(SETTINGS, tracked, run_id, tmp_path / "one", scored(0.3), "data", name)
+    assert (again["version"], again["reused"]) == ("2", False)
+    assert register(SETTINGS, tracked, run_id, tmp_path / "one", scored(0.3), "data", name)["version"] == "2"
+
+
+def test_a_version_that_cannot_be_measured_is_refused_all_the_same(tracked, name, add, tmp_path):
+    version = add(b"one", 0.3)
+    with pytest.raises(UserError, match="could not be had before; try again"):
+        promote(SETTINGS, tracked, name, version, None, None, tmp_path, tmp_path / "models")
+    shutil.rmtree(stored(tracked, name, version))
+    verdict = promote(SETTINGS, tracked, name, version, None, None, tmp_path, tmp_path / "models")
+    assert failed(verdict) == ["files are those registered"] and "cannot be fetched" in verdict["reason"]
+    assert [row["what"] for row in history(tracked, name)] == ["refused"]
+    assert tracked.client().get_model_version(name, version).tags["verdict"] == "refused"
+
+
+def test_what_a_model_began_from_may_not_be_known(name, add, judge):
+    verdict = judge(add(b"one", 0.3), scored(0.3) | {"data": DATA | {"base_known": False}})
+    (rule,) = [rule for rule in verdict["rules"] if "trained on" in rule["rule"]]
+    assert rule["ok"] and "that it began from is not known" in rule["words"]
 
 
 def test_a_list_of_training_images_cannot_be_taken_away(tracked, run_id, name, judge, tmp_path):

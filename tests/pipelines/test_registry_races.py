@@ -45,15 +45,16 @@ def add(tracked: Tracker, name: str, run_id: str, ap: float, folder: Path) -> st
 
 
 def scored(ap: float) -> dict:
-    return {"AP": ap, "split": "val", "split_digest": "val", "data": {"seen": None, "rejected": 0.0}}
+    data = {"seen": None, "base_known": True, "rejected": 0.0}
+    return {"AP": ap, "split": "val", "split_digest": "val", "data": data}
 
 
 def ask(tracked: Tracker, name: str, version: str, ap: float, folder: Path) -> dict:
     def compare(place: Path) -> dict:
         first = float((place / "model.safetensors").read_text())
         figures = {"first": first, "second": ap, "difference": ap - first, "low": ap - first, "high": ap - first}
-        return {"images": 1, "confidence": 0.95, "split_digest": "val", "seen_by_first": None, "AP": figures,
-                "per_class": []}  # fmt: skip
+        found = {"images": 1, "confidence": 0.95, "resamples": 9, "split_digest": "val", "seen_by_first": None}
+        return found | {"AP": figures, "per_class": []}
 
     places = (folder / f"promote-{version}", folder / "models")
     return promote(SETTINGS, tracked, name, version, scored(ap), compare, *places)
@@ -105,8 +106,8 @@ def test_twenty_promotions_at_once_leave_one_champion_and_the_whole_history(trac
     assert [version for version in order if version in seen] == seen  # one at a time, and none came back
 
 
-def _killed(tracked: Tracker, name: str, version: str, ap: float, folder: Path, after: int, counted) -> None:
-    """Promote, and die when the `after`-th write of a promotion was done; counted: how many there were."""
+def _killed(tracked: Tracker, after: int, counted, work, *arguments) -> None:
+    """Do work(tracked, *arguments), and die when its `after`-th write was done; counted: how many there were."""
     from mlflow import MlflowClient
 
     def dying(write):
@@ -121,7 +122,7 @@ def _killed(tracked: Tracker, name: str, version: str, ap: float, folder: Path, 
 
     for write in WRITES:
         setattr(MlflowClient, write, dying(getattr(MlflowClient, write)))
-    ask(tracked, name, version, ap, folder)
+    work(tracked, *arguments)
 
 
 def test_killed_at_any_step_the_next_promotion_goes_on_without_repair(tracked, tmp_path):
@@ -133,7 +134,8 @@ def test_killed_at_any_step_the_next_promotion_goes_on_without_repair(tracked, t
         second = add(tracked, name, run_id, 0.2, tmp_path)
         third = add(tracked, name, run_id, 0.3, tmp_path)
         counted = PROCESSES.Value("i", 0)
-        child = PROCESSES.Process(target=_killed, args=(tracked, name, second, 0.2, tmp_path / name, steps, counted))
+        told = (ask, name, second, 0.2, tmp_path / name)
+        child = PROCESSES.Process(target=_killed, args=(tracked, steps, counted, *told))
         child.start()
         child.join(60)
         if child.exitcode == 0:
@@ -148,6 +150,8 @@ def test_killed_at_any_step_the_next_promotion_goes_on_without_repair(tracked, t
         assert time.monotonic() - asked < 30  # nobody waits for the dead
         assert champion(tracked, name)["version"] == third
         rows = [(row["what"], row["from"], row["version"]) for row in history(tracked, name)]
+        verdict = tracked.client().get_model_version(name, second).tags.get("verdict")
+        assert verdict == ("promoted" if standing == second else None)  # of what was not done nothing is told
         assert rows[-1] == ("promoted", standing, third) and rows[0] == ("promoted", None, "1")
         assert rows[1:-1] in ([], [("abandoned", "1", second)], [("promoted", "1", second)])
         assert rollback(tracked, name, "for the test")["version"] == standing
@@ -156,6 +160,29 @@ def test_killed_at_any_step_the_next_promotion_goes_on_without_repair(tracked, t
     # nothing at first, then what was meant, then what was done
     assert outcomes == sorted(outcomes, key=["nothing", "abandoned", "promoted"].index)
     assert set(outcomes) == {"nothing", "abandoned", "promoted"} and steps == counted.value
+
+
+def test_a_rollback_killed_at_any_step_is_done_or_not(tracked, tmp_path):
+    run_id = tracked.start_run("train")
+    outcomes, steps = [], 0
+    while True:
+        name = f"back-{steps}"
+        for ap in (0.1, 0.2):
+            ask(tracked, name, add(tracked, name, run_id, ap, tmp_path), ap, tmp_path)
+        counted = PROCESSES.Value("i", 0)
+        child = PROCESSES.Process(target=_killed, args=(tracked, steps, counted, rollback, name, "small cats"))
+        child.start()
+        child.join(60)
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        standing = champion(tracked, name)["version"]
+        verdict = ask(tracked, name, "2", 0.2, tmp_path)  # what a scheduled run would do next
+        assert verdict["promoted"] == (standing == "2") and ("small cats" in verdict["reason"]) == (standing == "1")
+        assert champion(tracked, name)["version"] == standing
+        outcomes.append(standing)
+        steps += 1
+    assert outcomes == sorted(outcomes, reverse=True) and set(outcomes) == {"1", "2"} and steps == counted.value
 
 
 def test_the_lease_is_exclusive_and_outlives_no_holder(tracked, monkeypatch):

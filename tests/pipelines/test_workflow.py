@@ -6,7 +6,7 @@ import pytest
 from pipelines.look import Finding
 from pipelines.settings import RunSettings, UserError, override_settings
 from pipelines.stage import write_json
-from pipelines.workflow import _look, _training_inputs, _trials
+from pipelines.workflow import _look, _training_inputs, _trials, evaluate_stage
 
 DATA = {"result": {"digest": "d"}}
 
@@ -26,6 +26,27 @@ def test_other_weights_at_the_same_path_are_another_training(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
         _training_inputs(settings, DATA)
+
+
+def test_the_same_weights_read_in_another_way_are_measured_anew(tmp_path, monkeypatch):
+    """With labels in another order each class is another one; its thresholds alone change nothing."""
+    measured = []
+    monkeypatch.setattr("pipelines.evaluate.evaluate", lambda *arguments: measured.append(arguments) or {"AP": 0.5})
+    data, checkpoint = tmp_path / "data", tmp_path / "checkpoint"
+    data.mkdir()
+    checkpoint.mkdir()
+    write_json(data / "dataset.json", {"digest": "d", "splits": {"val": {"digest": "v"}}})
+    (checkpoint / "model.safetensors").write_bytes(b"one")
+    cat, dog = {"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}
+    for config, times in (
+        ({"categories": [cat, dog], "score_threshold": 0.5}, 1),
+        ({"categories": [cat, dog], "score_threshold": 0.4, "score_thresholds": {"3": 0.3}}, 1),
+        ({"categories": [dog, cat]}, 2),
+        ({"categories": [cat, dog], "model": {"image_size": 64}}, 3),
+    ):
+        write_json(checkpoint / "config.json", config)
+        evaluate_stage(RunSettings(), tmp_path / "store", {"folder": str(data)}, checkpoint, "val")
+        assert len(measured) == times
 
 
 def test_what_will_hurt_is_said_once_and_stops_nothing(monkeypatch, capsys):
