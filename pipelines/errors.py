@@ -24,8 +24,8 @@ def confusion(matches: Matches, names: list[str], threshold: float | None) -> di
     {"threshold", "iou", "names": names and "background", "matrix": whole numbers [K + 1, K + 1], rows truth, columns
     found}. The last row was found where nothing is labelled, the last column is missed; a row's sum is the class's
     objects, a column's its detections. Right ones are COCO's, so they agree with best_f1; of the rest each, by
-    descending score, goes to the object of another class it overlaps most, if that is left. Crowds, and what lies on
-    one of its class, count nowhere.
+    descending score, goes to that object which it overlaps most of those that are left, if by 0.5 or more. Crowds, and
+    what lies on one of its class, count nowhere.
     """
     nothing = len(names)
     matrix = np.zeros((nothing + 1, nothing + 1), np.int64)
