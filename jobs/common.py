@@ -68,7 +68,7 @@ def job(example: str, takes_input: bool = False) -> Callable:
 
 @contextmanager
 def one_sentence(as_json: bool) -> Iterator[None]:
-    """What a user can mend, and Ctrl-C, end the command with one sentence and an exit code."""
+    """What a user can mend, what MLflow could not do, and Ctrl-C end the command with one sentence and an exit code."""
     from pipelines.settings import UserError
 
     try:
@@ -80,6 +80,12 @@ def one_sentence(as_json: bool) -> Iterator[None]:
 
         end_open_runs("KILLED")
         _fail("Stopped. The same command goes on from here.", INTERRUPTED, as_json)
+    except Exception as error:
+        mlflow = sys.modules.get("mlflow.exceptions")  # who raised it has imported it
+        if mlflow is None or not isinstance(error, mlflow.MlflowException):
+            raise
+        lines = str(error.message).strip().splitlines()  # below the first are a stack and the statement
+        _fail(f"MLflow failed: {lines[0] if lines else error.error_code}", FAILED, as_json)
 
 
 def finish(result: dict[str, Any], as_json: bool) -> NoReturn:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # MLflow's own limits (mlflow.utils.validation); it refuses what is longer.
 MAX_BATCH, MAX_KEY, MAX_PARAM, MAX_TAG, MAX_NAME, MAX_DIGEST = 100, 250, 6000, 5000, 500, 36
 SOURCES = ("detr", "pipelines", "jobs")  # what decides how a run goes; changed tests do not
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}  # where nothing else is said
 TRAINING = "training"  # the type of logged models that hold a training's figures; the registry's are detectors
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ _open: dict[str, Tracker] = {}  # runs of this process, by id; a stage's thread 
 def tracker(settings: RunSettings, store: Path, dataset_name: str) -> Tracker:
     """The tracker these settings ask for: a server, or SQLite and artifacts in the store.
 
-    Raises UserError when a server is asked for and does not answer, or wants another user or password.
+    Raises UserError when a server or database is asked for and does not answer, or wants another user or password.
     """
     uri = settings.tracking.uri
     root: Path | None = Path(store).resolve()
@@ -60,8 +61,8 @@ def tracker(settings: RunSettings, store: Path, dataset_name: str) -> Tracker:
         experiment=settings.tracking.experiment or dataset_name,
         artifact_root=(root / "mlartifacts").as_uri() if root else None,
     )
+    _check_server(made)
     if root is None:
-        _check_server(made)
         made.client().search_experiments(max_results=1)  # says whether it knows us
     return made
 
@@ -487,15 +488,18 @@ def _installed(name: str) -> str:
 
 
 def _check_server(server: Tracker) -> None:
-    """Fail in seconds where MLflow's own client would retry for minutes."""
+    """Fail in seconds where MLflow's own client would retry for minutes; a file or a socket has no port to ask."""
     parts = urlsplit(server.uri)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    scheme = parts.scheme.split("+")[0]  # postgresql+psycopg
+    port = parts.port or PORTS.get(scheme)
+    if not parts.hostname or port is None:
+        return
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=10).close()
+        socket.create_connection((parts.hostname, port), timeout=10).close()
     except OSError as error:
+        what = "MLflow server" if scheme in ("http", "https") else "database"
         raise UserError(
-            f"No MLflow server answers at {server} ({error}); start it, or leave tracking.uri out "
-            "to keep runs in the store."
+            f"No {what} answers at {server} ({error}); start it, or leave tracking.uri out to keep runs in the store."
         ) from error
 
 

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,42 @@ def test_errors_are_json_where_json_was_asked_for(tmp_path):
     result = detr("ingest", "--json", f"data.path={tmp_path / 'nowhere'}")
     said = json.loads(result.stdout)
     assert said["exit_code"] == result.exit_code == 2 and "nowhere" in said["error"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_mlflow_cannot_do_is_one_sentence(tmp_path, as_json):
+    class Failing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            said = {"error_code": "INTERNAL_ERROR", "message": "the disk is full\nTraceback: line 1\nline 2"}
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *said):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = detr("history", "--store", str(tmp_path), "--model", "digits", *(["--json"] if as_json else []),
+                      f"tracking.uri=http://127.0.0.1:{server.server_port}")  # fmt: skip
+        server.shutdown()
+    assert result.exit_code == 1
+    assert sentence(result) == "MLflow failed: INTERNAL_ERROR: the disk is full"
+    if as_json:
+        assert json.loads(result.stdout) == {"exit_code": 1, "error": sentence(result)}
+
+
+def test_a_fault_of_ours_is_no_sentence_of_mlflows(tmp_path):
+    @job("detr broken")
+    def broken(settings, store):
+        import mlflow.exceptions  # noqa: F401
+
+        raise ValueError("a fault")
+
+    result = CliRunner().invoke(broken, ["--store", str(tmp_path)])
+    assert isinstance(result.exception, ValueError) and "MLflow failed" not in result.stderr
 
 
 def test_sample_writes_a_coco_folder(tmp_path):

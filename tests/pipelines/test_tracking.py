@@ -351,10 +351,33 @@ def test_a_deleted_experiment_is_explained(tracked):
         mine.start_run("train")
 
 
-@pytest.mark.parametrize("uri, words", [("http://127.0.0.1:9", "No MLflow server answers"), ("mlruns", "write it as")])
+@pytest.mark.parametrize(
+    "uri, words",
+    [
+        ("http://127.0.0.1:9", "No MLflow server answers"),
+        ("postgresql://me@127.0.0.1:9/runs", "No database answers at postgresql://me@127.0.0.1:9/runs"),
+        ("mysql+pymysql://127.0.0.1:9/runs", "No database answers"),
+        ("mlruns", "write it as"),
+    ],
+)
 def test_a_uri_that_cannot_work_fails_at_once(tmp_path, uri, words):
     with pytest.raises(UserError, match=words):
         tracker(load_settings(None, [f"tracking.uri={uri}"]), tmp_path, "digits")
+
+
+@pytest.mark.parametrize("uri, port", [("postgresql://host/runs", 5432), ("postgresql+psycopg://host:9/runs", 9),
+                                       ("mysql://host/runs", 3306), ("https://host", 443)])  # fmt: skip
+def test_a_server_is_asked_at_its_usual_port(monkeypatch, tmp_path, uri, port):
+    asked = []
+
+    def connect(place, timeout):
+        asked.append(place)
+        raise ConnectionRefusedError("nobody there")
+
+    monkeypatch.setattr("pipelines.tracking.socket.create_connection", connect)
+    with pytest.raises(UserError, match="nobody there"):
+        tracker(load_settings(None, [f"tracking.uri={uri}"]), tmp_path, "digits")
+    assert asked == [("host", port)]
 
 
 @pytest.mark.parametrize("uri", ["http://me:secret@127.0.0.1:9", "postgresql://me:secret@host/runs",
