@@ -20,7 +20,9 @@ def main(settings, store: Path, checkpoint: str | None) -> dict:
         evaluation = evaluate_stage(settings, store, data, place, "val")
         run_id = run_id or run_of(settings, store, data, place)
         result = register_stage(settings, store, data, place, run_id, evaluation)["result"]
-    return {**result, "text": f"{result['uri']} (AP {evaluation['result']['AP'] or 0:.3f} on val)"}
+    ap = evaluation["result"]["AP"]
+    measured = "no ground truth on val" if ap is None else f"AP {ap:.3f} on val"
+    return {**result, "text": f"{result['uri']} ({measured})"}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ each other by digests and ids, which are put together here, and followed both wa
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipelines.workflow import latest, weights_digest
 Key = tuple[str, str]  # kind and id
 KINDS = {"dataset": "datasets", "run": "runs", "weights": "weights", "version": "versions", "table": "tables"}
 SHAPES_A_MODEL = ("seed", "model", "loss", "fit", "train")  # groups of settings
+UNKNOWN = "unknown"  # in a champion's times: when somebody moved the alias past the ledger
 ELSEWHERE = "What other stores made is known here only where it was registered: not their other runs, and no tables."
 
 
@@ -322,29 +324,31 @@ def _versions(mlflow: Tracker) -> list[dict[str, Any]]:
     out = []
     for name in dict.fromkeys(version.name for version in found):
         mine = [version for version in found if version.name == name]
-        aliases = client.get_registered_model(name).aliases
+        aliases = {alias: str(of) for alias, of in client.get_registered_model(name).aliases.items()}
         moves = history(mlflow, name)
         for version in mine:
             tags, number = version.tags, str(version.version)
             out.append({
                 "uri": f"models:/{name}/{number}", "name": name, "version": number, "run_id": version.run_id,
                 "weights": tags["model.safetensors_sha256"], "dataset": tags.get("dataset_digest"),
-                "AP": _value(tags.get("ap", "null")), "split": tags.get("split"), "verdict": tags.get("verdict"),
-                "reason": tags.get("verdict_reason"), "champion": champion_times(moves, number),
-                "aliases": sorted(alias for alias, of in aliases.items() if str(of) == number),
+                "AP": _finite(tags.get("ap")), "split": tags.get("split"), "verdict": tags.get("verdict"),
+                "reason": tags.get("verdict_reason"), "champion": champion_times(moves, number, aliases.get(CHAMPION)),
+                "aliases": sorted(alias for alias, of in aliases.items() if of == number),
             })  # fmt: skip
     return out
 
 
-def champion_times(moves: list[dict[str, Any]], version: str) -> list[dict[str, str | None]]:
+def champion_times(moves: list[dict[str, Any]], version: str, now: str | None) -> list[dict[str, str | None]]:
     """When a version was champion: [{"since", "until"}], until None for now.
 
     moves: of `history`, the oldest first; "promoted", "rolled back" and "found" give the alias to the version, anything
-    else leaves it where it is.
+    else leaves it where it is. now: the version that has the alias. Where that is not the one the last move gave it to,
+    somebody moved or deleted the alias since, and when is UNKNOWN.
     """
     times: list[dict[str, str | None]] = []
     standing = None
-    for move in moves:
+    by_hand = {"what": "found", "version": now, "when": UNKNOWN}
+    for move in [*moves, by_hand]:
         if move["what"] not in ("promoted", "rolled back", "found") or move["version"] == standing:
             continue
         if standing == version:
@@ -353,6 +357,21 @@ def champion_times(moves: list[dict[str, Any]], version: str) -> list[dict[str, 
         if standing == version:
             times.append({"since": move["when"], "until": None})
     return times
+
+
+def _finite(text: str | None) -> float | None:
+    """The number of a tag; None without one, and for the nan of a version without ground truth."""
+    number = float(text or "nan")
+    return number if math.isfinite(number) else None
+
+
+def _time_in_words(time: dict[str, str | None]) -> str:
+    since, until = time["since"], time["until"] or "now"
+    if until == UNKNOWN:
+        return f"champion from {since} until unknown (its alias was moved or deleted by hand)"
+    if since == UNKNOWN:
+        return f"champion since unknown to {until} (the alias was moved to it by hand)"
+    return f"champion from {since} to {until}"
 
 
 def _words(kind: str, node: dict[str, Any]) -> list[str]:
@@ -374,8 +393,11 @@ def _words(kind: str, node: dict[str, Any]) -> list[str]:
     if kind == "weights":
         return [f"weights {node['id']}"]
     if kind == "version":
-        ap = f"AP {node['AP']:.4f} on {node['split']}" if node["AP"] is not None else "AP unknown"
-        times = [f"champion from {t['since']} to {t['until'] or 'now'}" for t in node["champion"]]
+        split = node["split"]
+        ap = "AP unknown" if split is None else f"no ground truth on {split}"
+        if node["AP"] is not None:
+            ap = f"AP {node['AP']:.4f} on {split}"
+        times = [_time_in_words(time) for time in node["champion"]]
         also = [f"alias {alias}" for alias in node["aliases"] if alias != CHAMPION or not node["champion"]]
         return [f"version {node['version']} of {node['name']}", ", ".join([ap, *times, *also]),
                 *([node["reason"]] if node["reason"] else ["no verdict yet"])]  # fmt: skip

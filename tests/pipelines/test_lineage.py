@@ -183,10 +183,38 @@ def test_champions_come_go_and_come_back():
     moves = [("1", "promoted"), ("2", "refused"), ("2", "promoted"), ("2", "promoted"), ("1", "rolled back"),
              ("4", "abandoned"), ("3", "found")]  # fmt: skip
     rows = [{"when": str(hour), "what": what, "version": version} for hour, (version, what) in enumerate(moves)]
-    assert champion_times(rows, "1") == [{"since": "0", "until": "2"}, {"since": "4", "until": "6"}]
-    assert champion_times(rows, "2") == [{"since": "2", "until": "4"}]
-    assert champion_times(rows, "3") == [{"since": "6", "until": None}]
-    assert champion_times(rows, "4") == champion_times([], "1") == []
+    assert champion_times(rows, "1", "3") == [{"since": "0", "until": "2"}, {"since": "4", "until": "6"}]
+    assert champion_times(rows, "2", "3") == [{"since": "2", "until": "4"}]
+    assert champion_times(rows, "3", "3") == [{"since": "6", "until": None}]
+    assert champion_times(rows, "4", "3") == champion_times([], "1", None) == []
+
+
+def test_an_alias_that_was_moved_or_deleted_by_hand_is_no_champion_to_now(tmp_path):
+    world = World(tmp_path / "store")
+    since, unknown = "2026-01-05T00:00:00+00:00", "unknown"
+    world.client.set_registered_model_alias("cats", "champion", "1")
+    one, two = world.found(world.cats)["versions"]
+    assert two["champion"] == [{"since": since, "until": unknown}]
+    assert one["champion"][1:] == [{"since": unknown, "until": None}]
+    text = shown(world.found(world.cats))
+    assert "until unknown (its alias was moved or deleted by hand)" in text
+    assert "champion since unknown to now (the alias was moved to it by hand)" in text
+    world.client.delete_registered_model_alias("cats", "champion")
+    one, two = world.found(world.cats)["versions"]
+    assert two["champion"] == [{"since": since, "until": unknown}] and one["champion"][-1]["until"] is not None
+    assert "to now" not in shown(world.found(world.cats))
+
+
+@pytest.mark.parametrize("ap", ["nan", "inf"])
+def test_a_version_without_ground_truth_says_so(tmp_path, ap):
+    world = World(tmp_path / "store")
+    world.client.set_model_version_tag("cats", "1", "ap", ap)
+    one, two = world.found(world.cats)["versions"]
+    assert one["AP"] is None and two["AP"] == 0.25
+    text = shown(world.found(world.cats))
+    assert "no ground truth on val" in text and "AP 0.2500 on val" in text
+    world.client.delete_model_version_tag("cats", "1", "ap")
+    assert world.found(world.cats)["versions"][0]["AP"] is None
 
 
 def test_a_checkpoint_that_was_never_registered_has_its_tables(world):
