@@ -137,8 +137,8 @@ class Explanation:
 
 
 @torch.inference_mode()
-def explain(model: DETR, image: Image.Image, score_threshold: float = 0.5) -> Explanation:
-    """What the model finds in an RGB image from the threshold on, and where it looks.
+def explain(model: DETR, image: Image.Image, score_threshold: float | np.ndarray = 0.5) -> Explanation:
+    """What the model finds in an RGB image from the threshold (or that of each label [K]) on, and where it looks.
 
     Each query counts once, with its best class. If none reaches the threshold, the surest one is given.
     """
@@ -148,7 +148,9 @@ def explain(model: DETR, image: Image.Image, score_threshold: float = 0.5) -> Ex
     softmax = model.config.class_loss == "softmax"
     scores, labels = (logits.softmax(-1)[:, :-1] if softmax else logits.sigmoid()).max(-1)
     order = scores.argsort(descending=True, stable=True)
-    order = order[: max(1, int((scores >= score_threshold).sum()))]
+    least = torch.as_tensor(score_threshold, dtype=torch.float64, device=scores.device)
+    kept = order[(scores >= (least[labels] if least.ndim else least))[order]]
+    order = kept if len(kept) else order[:1]
     size = torch.tensor(image.size * 2, device=boxes.device)
     boxes = torch.minimum((boxes[order] * size).clamp(min=0), size)
     return Explanation(

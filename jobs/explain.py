@@ -48,6 +48,8 @@ def main(
     from detr.draw import draw_queries
     from detr.explain import boxes_of_queries, explain
     from detr.segmentation import DETRsegm
+    from pipelines.detect import label_thresholds
+    from pipelines.predict import thresholds
     from pipelines.workflow import find_model
 
     checkpoint, name, version = find_model(settings, store, model)
@@ -57,19 +59,22 @@ def main(
         raise UserError(f"{error}.") from error
     if isinstance(network, DETRsegm):
         network = network.detr
-    threshold = settings.predict.score_threshold
-    threshold = config["score_threshold"] if threshold is None else threshold
+    threshold, of_classes = thresholds(settings, config)
+    least = label_thresholds(config["categories"], threshold, of_classes)
     folder = Path(output) if output else Path(f"{path.stem}.explained")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}.", 2) from error
 
-    found = explain(network, image, threshold)
+    found = explain(network, image, least)
     names = [config["categories"][label]["name"] for label in found.labels]
-    certain = int((found.scores >= threshold).sum())
+    certain = int((found.scores >= least[found.labels]).sum())
     pictures = _pictures(image, found, names, certain, [c["name"] for c in config["categories"]], places)
-    lines = [] if certain else [f"Nothing found with a score of {threshold:.2f} or more; the surest query is drawn."]
+    of_class = ", or its class's own," if of_classes else ""
+    lines = [] if certain else [
+        f"Nothing found with a score of {threshold:.2f}{of_class} or more; the surest query is drawn."
+    ]  # fmt: skip
     detections = [
         {"query": int(q), "name": n, "score": round(float(s), 4), "box": [round(float(v), 1) for v in b]}
         for q, n, s, b in zip(found.queries, names, found.scores, found.boxes, strict=True)
@@ -89,8 +94,8 @@ def main(
         lines.append(str(folder / file))
     return {
         "image": str(path), "folder": str(folder), "pictures": list(pictures), "model": f"{name} version {version}",
-        "score_threshold": threshold, "detections": detections, "dataset_images": len(entries),
-        "rejects": dict(rejects.most_common()), "text": "\n".join(lines),
+        "score_threshold": threshold, "score_thresholds": of_classes, "detections": detections,
+        "dataset_images": len(entries), "rejects": dict(rejects.most_common()), "text": "\n".join(lines),
     }  # fmt: skip
 
 

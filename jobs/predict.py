@@ -47,8 +47,10 @@ def main(
 def _show(settings, store: Path, path: Path, model: str | None, output: str | None) -> dict:
     from detr.checkpoint import CheckpointError
     from detr.draw import draw_detections
-    from pipelines.detect import Detector
+    from pipelines.detect import Detector, label_thresholds
+    from pipelines.predict import thresholds
     from pipelines.settings import UserError
+    from pipelines.stage import read_json
     from pipelines.workflow import find_model
 
     image = read_image(settings, path)
@@ -57,10 +59,10 @@ def _show(settings, store: Path, path: Path, model: str | None, output: str | No
         detector = Detector.load(checkpoint)
     except CheckpointError as error:
         raise UserError(f"{error}.") from error
-    asked = settings.predict.score_threshold
-    threshold = detector.score_threshold if asked is None else asked
+    threshold, of_classes = thresholds(settings, read_json(checkpoint / "config.json"))
+    least = label_thresholds(detector.categories, threshold, of_classes)
     found = detector.detect([image])[0]
-    keep = found["scores"] >= (detector.thresholds[found["labels"]] if asked is None else asked)
+    keep = found["scores"] >= least[found["labels"]]
     boxes, scores = found["boxes"][keep], found["scores"][keep]
     names = [detector.categories[label]["name"] for label in found["labels"][keep]]
     target = Path(output) if output else Path(f"{path.stem}.detections.png")
@@ -72,7 +74,8 @@ def _show(settings, store: Path, path: Path, model: str | None, output: str | No
     lines = [f"{d['name']} {d['score']:.2f} at {d['box']}" for d in detections] or ["Nothing found."]
     return {
         "image": str(path), "picture": str(target), "model": f"{name} version {version}",
-        "score_threshold": threshold, "detections": detections, "text": "\n".join([*lines, str(target)]),
+        "score_threshold": threshold, "score_thresholds": of_classes, "detections": detections,
+        "text": "\n".join([*lines, str(target)]),
     }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def predict(
     """
     folder = Path(folder)
     config = read_json(Path(checkpoint) / "config.json")
-    given = settings.predict.score_threshold
+    threshold, of_classes = thresholds(settings, config)
     images = sorted(images, key=lambda image: image["key"])
     chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
     plan = {
@@ -108,8 +108,8 @@ def predict(
         "images": digest(images, 64),
         "weights_sha256": _sha256(Path(checkpoint) / "model.safetensors"),
         "model": {"name": model_name, "version": model_version},
-        "score_threshold": config["score_threshold"] if given is None else given,
-        "score_thresholds": config.get("score_thresholds", {}) if given is None else {},  # of category ids
+        "score_threshold": threshold,
+        "score_thresholds": of_classes,
         "max_pixels": settings.predict.max_pixels,
         "chunk": CHUNK,
     }
@@ -142,6 +142,12 @@ def predict(
         "images_per_second": round(len(waiting) / seconds, 2) if waiting else None,
         "reused_images": len(images) - len(waiting),
     }
+
+
+def thresholds(settings: RunSettings, config: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """The least score, and that of single classes by category id: the one asked for, or a model's config.json's own."""
+    asked = settings.predict.score_threshold
+    return (config["score_threshold"], config.get("score_thresholds") or {}) if asked is None else (asked, {})
 
 
 def detections_of(folder: Path | str) -> pa.Table:

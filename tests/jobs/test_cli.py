@@ -1,6 +1,7 @@
 """The commands as a user types them: help, exit codes, one sentence for what is wrong."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -173,6 +174,17 @@ def test_a_fault_of_ours_is_no_sentence_of_mlflows(tmp_path):
     assert isinstance(result.exception, ValueError) and "MLflow failed" not in result.stderr
 
 
+@pytest.mark.parametrize("ap, words", [(None, "(no ground truth on val)"), (0.0, "(AP 0.000 on val)")])
+def test_register_does_not_call_a_split_without_ground_truth_a_zero(monkeypatch, ap, words):
+    import pipelines.workflow
+
+    monkeypatch.setattr("jobs.register.ray_session", lambda settings: contextlib.nullcontext())
+    monkeypatch.setattr("jobs.register.latest_checkpoint", lambda *given: ("mine", "the-run"))
+    for name, result in (("ingest", {}), ("evaluate", {"AP": ap}), ("register", {"uri": "models:/cats/1"})):
+        monkeypatch.setattr(pipelines.workflow, f"{name}_stage", lambda *given, r=result: {"result": r})
+    assert detr("register").stdout == f"models:/cats/1 {words}\n"
+
+
 def test_sample_writes_a_coco_folder(tmp_path):
     result = detr("sample", "--json", "--output", str(tmp_path / "digits"), "sample.train=6", "sample.val=2",
                   "sample.test=0")  # fmt: skip
@@ -230,6 +242,27 @@ def test_explain_says_when_nothing_was_found(checkpoint, tmp_path):
     assert result.exit_code == 0
     assert result.stdout.startswith("Nothing found") and "queries.png" not in result.stdout
     assert Image.open(tmp_path / "pictures" / "encoder_attention.png").width == 2 * 488 - 8
+
+
+def test_predict_and_explain_apply_and_report_the_same_thresholds(checkpoint, tmp_path):
+    """Of two classes one is never to be shown: its own threshold is 1, while the overall one is 0."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    of_classes = {"3": 1.0}
+    (model / "config.json").write_text(json.dumps({**config, "score_threshold": 0.0, "score_thresholds": of_classes}))
+    Image.effect_noise((64, 48), 80).convert("RGB").save(tmp_path / "photo.jpg")
+    common = ("--json", "--store", str(tmp_path / "store"), "--model", str(model), str(tmp_path / "photo.jpg"))
+
+    def said(command, *more):
+        result = detr(*command, "--output", str(tmp_path / f"{command[0]}.png"), *common, *more)
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    for command in (["predict", "--show"], ["explain"]):
+        found = said(command)
+        assert found["score_threshold"] == 0.0 and found["score_thresholds"] == of_classes
+        assert {d["name"] for d in found["detections"]} == {"dog"}
+        assert said(command, "predict.score_threshold=0.01")["score_thresholds"] == {}
 
 
 @pytest.mark.parametrize(
