@@ -38,10 +38,15 @@ def main(settings, store: Path, checkpoint: str | None, split: str, against: str
 def table(result: dict, errors: dict) -> str:
     """The figures as text; what has no ground truth says so."""
 
-    def show(value: float | None, interval: list[float] | None = None) -> str:
-        if value is None:
-            return "no ground truth"
-        return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+    from pipelines.resample import TOO_FEW
+
+    def show(value: float | None) -> str:
+        return "no ground truth" if value is None else f"{value:.3f}"
+
+    def sure(value: float | None, interval: list[float] | None) -> str:
+        if value is None or not result["resamples"]:
+            return show(value)
+        return f"{value:.3f} ({f'{interval[0]:.3f} to {interval[1]:.3f}' if interval else TOO_FEW})"
 
     def threshold(best: dict | None) -> str:
         if best is None:
@@ -52,11 +57,12 @@ def table(result: dict, errors: dict) -> str:
 
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
     lines = [f"{result['images']} images of {result['split']}"]
-    lines += [f"{name:<6} {show(result[name], result['intervals'].get(name))}" for name in names]
+    lines += [f"{name:<6} {sure(result[name], result['intervals'][name])}" for name in names[:2]]
+    lines += [f"{name:<6} {show(result[name])}" for name in names[2:]]
     lines += [f"all    {threshold(result['best_f1'])}", ""]
     width = max((len(c["name"]) for c in result["per_class"]), default=0)
     lines += [
-        f"{c['name']:<{width}}  AP {show(c['AP'], c['interval'])}  AP50 {show(c['AP50'])}  {threshold(c['best_f1'])}"
+        f"{c['name']:<{width}}  AP {sure(c['AP'], c['interval'])}  AP50 {show(c['AP50'])}  {threshold(c['best_f1'])}"
         if c["truth"] else f"{c['name']:<{width}}  no ground truth"
         for c in result["per_class"]
     ]  # fmt: skip
@@ -73,8 +79,9 @@ def answer(comparison: dict) -> str:
     """A comparison with another checkpoint, in words."""
     from pipelines.compare import in_words
 
-    lines = [in_words(name, comparison[name]) for name in ("AP", "AP50")]
-    return "\n".join([*lines, *(in_words(f"{c['name']}: AP", c) for c in comparison["per_class"])])
+    rows = [*((name, comparison[name]) for name in ("AP", "AP50")),
+            *((f"{c['name']}: AP", c) for c in comparison["per_class"])]  # fmt: skip
+    return "\n".join(in_words(name, figures, comparison["resamples"]) for name, figures in rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,15 @@ import pyarrow.parquet as pq
 
 from pipelines.evaluate import check_ids, coco_truth, detections_to_coco
 from pipelines.matching import match
-from pipelines.resample import CONFIDENCE, average_precision, image_weights, interval, mean_over_classes
+from pipelines.resample import (
+    CONFIDENCE,
+    TOO_FEW,
+    average_precision,
+    enough_images,
+    image_weights,
+    interval,
+    mean_over_classes,
+)
 from pipelines.settings import RunSettings, UserError
 from pipelines.shards import read_split
 from pipelines.stage import read_json
@@ -24,7 +32,7 @@ def compare_evaluations(
     "high"}, "AP50": the same, "per_class": [{"name", "id", and those five of its AP}]}. low and high bound the middle
     95 % of the differences over `evaluate.resamples` bootstrap resamples of the images, the same ones for both
     (a paired bootstrap: what is hard is hard for both, so the difference is surer than either). What has no
-    ground truth, or no resamples, is None.
+    ground truth is None; low and high are, too, without resamples, or with objects in too few images (`enough_images`).
 
     Raises UserError where an evaluation is of another dataset or split.
     """
@@ -47,35 +55,46 @@ def compare_evaluations(
         whole.append(average_precision(matches, ones))
         drawn.append(average_precision(matches, weights))
 
-    def figures(of) -> dict[str, float | None]:
+    of_classes, over_all = enough_images(matches)  # the truth is the same for both
+
+    def figures(of, enough) -> dict[str, float | None]:
         one, other = (float(of(ap)[0]) for ap in whole)
         if np.isnan(one):
             return dict.fromkeys(("first", "second", "difference", "low", "high"))
-        low, high = interval(of(drawn[1]) - of(drawn[0])) or (None, None)
+        low, high = (interval(of(drawn[1]) - of(drawn[0])) if enough else None) or (None, None)
         return {"first": one, "second": other, "difference": other - one, "low": low, "high": high}
 
     return {
         "images": rows.num_rows,
         "resamples": settings.evaluate.resamples,
         "confidence": CONFIDENCE,
-        "AP": figures(lambda ap: mean_over_classes(ap.mean(axis=-1))),
-        "AP50": figures(lambda ap: mean_over_classes(ap[..., 0])),
+        "AP": figures(lambda ap: mean_over_classes(ap.mean(axis=-1)), over_all),
+        "AP50": figures(lambda ap: mean_over_classes(ap[..., 0]), over_all),
         "per_class": [
-            {"name": category["name"], "id": category["id"], **figures(lambda ap, at=at: ap[:, at].mean(axis=-1))}
+            {
+                "name": category["name"], "id": category["id"],
+                **figures(lambda ap, at=at: ap[:, at].mean(axis=-1), of_classes[at]),
+            }
             for at, category in enumerate(dataset["categories"])
         ],
-    }
+    }  # fmt: skip
 
 
-def in_words(name: str, figures: dict[str, float | None]) -> str:
-    """A figure of `compare_evaluations` as a sentence: how the second model does against the first."""
+def judgement(figures: dict[str, float | None], resamples: int) -> str:
+    """What figures of `compare_evaluations` with so many resamples come to, in words."""
     if figures["difference"] is None:
-        return f"{name}: no ground truth"
-    change = figures["difference"]
-    said = f"{name} is the same" if change == 0 else (
-        f"{name} is {abs(change):.3f} {'higher' if change > 0 else 'lower'}"
-    )  # fmt: skip
+        return "no ground truth"
     if figures["low"] is None:
-        return f"{said}; how surely is not known without evaluate.resamples"
-    sure = "surely better" if figures["low"] > 0 else "surely worse" if figures["high"] < 0 else "no sure difference"
-    return f"{said} ({figures['low']:.3f} to {figures['high']:.3f}, {100 * CONFIDENCE:.0f} %): {sure}"
+        return TOO_FEW if resamples else "how sure is not known without evaluate.resamples"
+    return "surely better" if figures["low"] > 0 else "surely worse" if figures["high"] < 0 else "no sure difference"
+
+
+def in_words(name: str, figures: dict[str, float | None], resamples: int) -> str:
+    """Figures of `compare_evaluations` as a sentence: how the second model does against the first."""
+    word, change = judgement(figures, resamples), figures["difference"]
+    if change is None:
+        return f"{name}: {word}"
+    how = "the same" if change == 0 else f"{abs(change):.3f} {'higher' if change > 0 else 'lower'}"
+    low, high = figures["low"], figures["high"]
+    sure = "" if low is None else f" ({low:+.3f} to {high:+.3f}, {100 * CONFIDENCE:.0f} %)"
+    return f"{name} is {how}{sure}, {figures['second']:.3f} instead of {figures['first']:.3f}: {word}"

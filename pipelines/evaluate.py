@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.errors import calibration, confusion, error_types
 from pipelines.matching import IOUS, Matches, match
 from pipelines.progress import progress
-from pipelines.resample import average_precision, image_weights, interval, mean_over_classes
+from pipelines.resample import average_precision, enough_images, image_weights, interval, mean_over_classes
 from pipelines.settings import RunSettings, UserError
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json, write_json
@@ -186,19 +186,20 @@ def full_metrics(
     """All that is said of a finished model: `coco_metrics`, how sure it is, and where the model errs.
 
     Beside what `coco_metrics` returns: "interval" of each class (95 % of its AP, by a bootstrap over the images),
-    "intervals": {"AP", "AP50"}, each [low, high], or None without truth or resamples; "confusion", "calibration" and
-    "errors" as pipelines.errors makes them, the first and the last at the overall best-F1 threshold.
+    "intervals": {"AP", "AP50"}, each [low, high], or None without resamples or where too few images have objects
+    (`enough_images`); "confusion", "calibration" and "errors" as pipelines.errors makes them, the first and the last at
+    the overall best-F1 threshold.
 
     Raises ValueError as `match`.
     """
     metrics = coco_metrics(truth, detections, max_dets)
     matches = match(truth, detections, max_dets)
     ap = average_precision(matches, image_weights(len(matches.images), resamples, seed))
+    of_classes, over_all = enough_images(matches)
     for at, one in enumerate(metrics["per_class"]):
-        one["interval"] = interval(ap[:, at].mean(axis=-1))
-    metrics["intervals"] = {
-        "AP": interval(mean_over_classes(ap.mean(axis=-1))), "AP50": interval(mean_over_classes(ap[..., 0]))
-    }  # fmt: skip
+        one["interval"] = interval(ap[:, at].mean(axis=-1)) if of_classes[at] else None
+    means = {"AP": mean_over_classes(ap.mean(axis=-1)), "AP50": mean_over_classes(ap[..., 0])}
+    metrics["intervals"] = {name: interval(mean) if over_all else None for name, mean in means.items()}
     threshold = (metrics["best_f1"] or {}).get("threshold")
     names = [category["name"] for category in truth["categories"]]
     return {
@@ -281,6 +282,7 @@ def evaluate(
         "split": split,
         "split_digest": dataset["splits"][split]["digest"],
         "images": rows.num_rows,
+        "resamples": settings.evaluate.resamples,
         "images_per_second": round(sum(counts[a] / seconds[a] for a in counts), 2) if counts else None,
         "detections": str(folder / "detections.parquet"),
         "metrics": str(folder / "metrics.json"),

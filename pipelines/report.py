@@ -20,8 +20,10 @@ from pipelines.charts import (
     precision_recall_figure,
     svg,
 )
+from pipelines.compare import in_words, judgement
 from pipelines.look import Finding
 from pipelines.pictures import Scenes, jpeg
+from pipelines.resample import ENOUGH, TOO_FEW
 from pipelines.settings import RunSettings, UserError
 from pipelines.shards import count_rejects
 from pipelines.stage import read_json
@@ -210,6 +212,8 @@ def _verdict(metrics: dict[str, Any], judged: str | None, registry: dict[str, An
                 f"{_between(intervals['AP'])}{inner}: so far could "
                 f"other {found['images']:,} images like these move it."
             )
+        elif found.get("resamples") and found["AP"] is not None:
+            sentences.append(f"Fewer than {ENOUGH} images of the {judged} split have objects: {TOO_FEW} AP is.")
         if best is None:
             sentences.append(f"The {judged} split has no ground truth to measure against.")
         elif best["threshold"] is None:
@@ -251,33 +255,13 @@ def _comparison(found: dict[str, Any] | None, dataset: dict[str, Any]) -> dict[s
         return None
 
     def judge(row: dict[str, Any], name: str) -> dict[str, Any]:
-        kind = word = ""
-        if row["difference"] is None:
-            word = "no ground truth"
-        elif row["low"] is None:
-            word = "how sure is not known"
-        elif row["low"] > 0:
-            kind, word = "better", "surely better"
-        elif row["high"] < 0:
-            kind, word = "worse", "surely worse"
-        else:
-            word = "no sure difference"
-        return {**row, "name": name, "kind": kind, "word": word}
+        word = judgement(row, found["resamples"])
+        return {**row, "name": name, "kind": {"surely better": "better", "surely worse": "worse"}.get(word, ""),
+                "word": word}  # fmt: skip
 
     numbers = [judge(found[key], key) for key in ("AP", "AP50")]
     classes = [judge(row, row["name"]) for row in found["per_class"]]
-    sentences = []
-    for row in numbers:
-        if row["difference"] is None:
-            sentences.append(f"{row['name']}: no ground truth to compare on.")
-            continue
-        change = f"{abs(row['difference']):.3f} {'higher' if row['difference'] > 0 else 'lower'}"
-        if not row["difference"]:
-            change = "the same"
-        sure = "" if row["low"] is None else f" ({row['low']:+.3f} to {row['high']:+.3f}, {found['confidence']:.0%})"
-        sentences.append(
-            f"{row['name']} is {change}{sure}, {row['second']:.3f} instead of {row['first']:.3f}: {row['word']}."
-        )
+    sentences = [f"{in_words(key, found[key], found['resamples'])}." for key in ("AP", "AP50")]
     known = sorted((row for row in classes if row["difference"] is not None), key=lambda row: -abs(row["difference"]))
     sure = [row for row in known if row["low"] is not None]
     better, worse = (sum(row["kind"] == kind for row in sure) for kind in ("better", "worse"))
@@ -307,7 +291,7 @@ def _classes(found: dict[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "weakest": known[:WEAKEST] if len(rows) > CLASSES else [],
         "sizes": all("APs" in row for row in rows),
-        "intervals": any(row.get("interval") for row in rows),
+        "intervals": bool(found.get("resamples")) or any(row.get("interval") for row in rows),
     }
 
 

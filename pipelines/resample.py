@@ -10,6 +10,10 @@ from pipelines.matching import Matches
 
 RECALLS = np.linspace(0, 1, 101)  # at which COCO reads precision
 CONFIDENCE = 0.95
+# Images with objects from which on resamples say how sure an AP is. Those of a few images are nearly all alike, of one
+# all the same: the interval would be far too narrow.
+ENOUGH = 10
+TOO_FEW = "too few images to say how sure"
 CHUNK = 4_000_000  # weights of detections at once
 
 
@@ -50,6 +54,13 @@ def mean_over_classes(ap: np.ndarray) -> np.ndarray:
     known = ~np.isnan(ap)
     count = known.sum(axis=1)
     return np.where(count > 0, np.where(known, ap, 0).sum(axis=1) / np.maximum(count, 1), np.nan)
+
+
+def enough_images(matches: Matches) -> tuple[np.ndarray, bool]:
+    """bool [K], whether objects of each class are in ENOUGH images; and whether objects of any class are."""
+    label, image = matches.object_label[matches.counted], matches.object_image[matches.counted]
+    of_class = np.unique(np.stack([label, image]), axis=1)[0]
+    return np.bincount(of_class, minlength=len(matches.categories)) >= ENOUGH, len(np.unique(image)) >= ENOUGH
 
 
 def interval(values: np.ndarray) -> list[float] | None:

@@ -27,7 +27,7 @@ def evaluation():
         if n % 3 and n % 5:
             box = [box[0] + 3, *box[1:]]
             found.append({"image_id": n % 20, "category_id": 1, "bbox": box, "score": float(random.uniform(0.2, 1))})
-    return {**full_metrics(truth, found, resamples=50), "images": 20, "split": "val"}
+    return {**full_metrics(truth, found, resamples=50), "images": 20, "split": "val", "resamples": 50}
 
 
 def test_the_table_says_how_sure_where_it_cuts_and_where_it_errs(evaluation):
@@ -42,6 +42,16 @@ def test_the_table_says_how_sure_where_it_cuts_and_where_it_errs(evaluation):
     assert lines[-1].split() == ["missed", "28", f"{evaluation['errors']['cost']['missed']:+.3f}"]
     assert set(kinds) == set(evaluation["errors"]["counts"])
     assert "-1" not in "\n".join(lines)
+
+
+def test_the_table_says_where_too_few_images_are_to_say_how_sure(evaluation):
+    cat = evaluation["per_class"][0]
+    cat["interval"], evaluation["intervals"]["AP"] = None, None
+    lines = table(evaluation, evaluation["errors"]).splitlines()
+    assert f"AP     {evaluation['AP']:.3f} (too few images to say how sure)" in lines
+    assert any(line.startswith(f"cat  AP {cat['AP']:.3f} (too few images to say how sure)  AP50") for line in lines)
+    assert f"AP75   {evaluation['AP75']:.3f}" in lines
+    assert "too few" not in table({**evaluation, "resamples": 0}, evaluation["errors"])
 
 
 def test_against_another_model_there_is_an_answer_in_words(evaluation, monkeypatch, tmp_path):
@@ -75,9 +85,9 @@ def test_against_another_model_there_is_an_answer_in_words(evaluation, monkeypat
     lines = CliRunner().invoke(main, told).output.splitlines()
     assert asked == [("theirs", "test"), ("mine", "test")]  # the store's last evaluation is one's own
     assert lines[lines.index("Against models:/cells@champion:") + 1 :] == [
-        "AP is 0.021 higher (0.004 to 0.037, 95 %): surely better",
-        "AP50 is 0.021 higher (-0.010 to 0.037, 95 %): no sure difference",
-        "cat: AP is 0.021 higher (-0.010 to 0.037, 95 %): no sure difference",
+        "AP is 0.021 higher (+0.004 to +0.037, 95 %), 0.521 instead of 0.500: surely better",
+        "AP50 is 0.021 higher (-0.010 to +0.037, 95 %), 0.521 instead of 0.500: no sure difference",
+        "cat: AP is 0.021 higher (-0.010 to +0.037, 95 %), 0.521 instead of 0.500: no sure difference",
         "ox: AP: no ground truth",
     ]
     said = json.loads(CliRunner().invoke(main, [*told, "--json"]).output.splitlines()[-1])

@@ -8,7 +8,7 @@ import pytest
 from test_evaluate import random_case
 
 from pipelines.compare import compare_evaluations, in_words
-from pipelines.evaluate import DETECTIONS, coco_metrics
+from pipelines.evaluate import DETECTIONS, coco_metrics, full_metrics
 from pipelines.matching import Matches, match
 from pipelines.resample import average_precision, image_weights, interval, mean_over_classes
 from pipelines.settings import UserError, load_settings
@@ -163,7 +163,9 @@ def test_a_model_is_exactly_as_good_as_itself(evaluations):
     for figures in (found["AP"], found["AP50"], *found["per_class"][:3]):
         assert figures["difference"] == figures["low"] == figures["high"] == 0.0
         assert figures["first"] == figures["second"] > 0.5
-    assert in_words("AP", found["AP"]) == "AP is the same (0.000 to 0.000, 95 %): no sure difference"
+    ap = f"{found['AP']['first']:.3f}"
+    said = f"AP is the same (+0.000 to +0.000, 95 %), {ap} instead of {ap}: no sure difference"
+    assert in_words("AP", found["AP"], 1000) == said
 
 
 def test_a_clearly_worse_model_is_surely_worse(evaluations):
@@ -180,9 +182,10 @@ def test_a_clearly_worse_model_is_surely_worse(evaluations):
     json.dumps(found, allow_nan=False)
     again = compare_evaluations(load_settings(), dataset, "val", poor, good)
     assert [-again["AP"]["high"], -again["AP"]["low"]] == pytest.approx([found["AP"]["low"], found["AP"]["high"]])
-    assert in_words("AP", found["AP"]).startswith("AP is 0.") and in_words("AP", found["AP"]).endswith("surely worse")
-    assert in_words("AP", again["AP"]).endswith("surely better") and " higher (0." in in_words("AP", again["AP"])
-    assert in_words("class 90: AP", nothing) == "class 90: AP: no ground truth"
+    worse, better = (in_words("AP", figures["AP"], 1000) for figures in (found, again))
+    assert worse.startswith("AP is 0.") and " lower (-0." in worse and worse.endswith("surely worse")
+    assert better.endswith("surely better") and " higher (+0." in better
+    assert in_words("class 90: AP", nothing, 1000) == "class 90: AP: no ground truth"
 
 
 def test_the_same_images_for_both_make_the_difference_surer(evaluations):
@@ -197,7 +200,49 @@ def test_without_resamples_there_is_a_difference_and_no_word_on_how_sure_it_is(e
     dataset, good, poor, _, _ = evaluations
     found = compare_evaluations(load_settings(None, ["evaluate.resamples=0"]), dataset, "val", good, poor)["AP"]
     assert found["difference"] < 0 and found["low"] is found["high"] is None
-    assert "not known without evaluate.resamples" in in_words("AP", found)
+    assert "not known without evaluate.resamples" in in_words("AP", found, 0)
+
+
+def test_of_too_few_images_nothing_is_sure(tmp_path):
+    """Objects of the cat are in 9 images and those of the dog in 10: resamples say of the dog how sure it is."""
+    truth = {"images": [{"id": i, "file_name": f"{i}.png", "width": 90, "height": 90} for i in range(30)],
+             "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}], "annotations": []}  # fmt: skip
+    found = []
+    for image in range(20):
+        for n in range(3):
+            box = [30.0 * n, 10.0, 20.0, 20.0]
+            category = 1 if image < 9 else 2
+            if image < 19:
+                truth["annotations"].append(
+                    {"id": 3 * image + n, "image_id": image, "category_id": category, "bbox": box, "area": 400.0,
+                     "iscrowd": 0}
+                )  # fmt: skip
+            if (image + n) % 2:
+                found.append({"image_id": image, "category_id": category, "bbox": box, "score": 0.5 + image / 50})
+    metrics = full_metrics(truth, found, resamples=200)
+    cat, dog = metrics["per_class"]
+    assert cat["AP"] is not None and cat["interval"] is None and dog["interval"][0] < dog["interval"][1]
+    assert all(metrics["intervals"].values())
+    few = {**truth, "annotations": truth["annotations"][:27]}
+    assert full_metrics(few, found, resamples=200)["intervals"] == {"AP": None, "AP50": None}
+    truth["annotations"][-3:] = []  # as many dogs are in nine images, too
+    assert full_metrics(truth, found, resamples=200)["per_class"][1]["interval"] is None
+    crowds = [{**a, "iscrowd": 1} for a in few["annotations"]]
+    assert full_metrics({**few, "annotations": crowds}, found, resamples=9)["intervals"]["AP"] is None
+
+
+def test_a_difference_on_too_few_images_is_not_called_sure(evaluations, tmp_path):
+    dataset, _, _, truth, _ = evaluations
+    split = pq.read_table(dataset / "val-0.parquet")
+    first = sorted({a["image_id"] for a in truth["annotations"]})[:9]
+    rows = [{**row, "annotations": row["annotations"] if row["image_id"] in first else []} for row in split.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, split.schema), dataset / "val-0.parquet")
+    right = [{**a, "score": 0.9} for a in truth["annotations"] if a["image_id"] in first]
+    all_found, nothing = folder_of(tmp_path / "all", right, truth), folder_of(tmp_path / "nothing", [], truth)
+    found = compare_evaluations(load_settings(), dataset, "val", nothing, all_found)
+    for figures in (found["AP"], found["AP50"]):
+        assert figures["difference"] == pytest.approx(1.0) and figures["low"] is figures["high"] is None
+    assert in_words("AP", found["AP"], found["resamples"]).endswith(": too few images to say how sure")
 
 
 def test_evaluations_of_other_images_are_refused(evaluations, tmp_path):

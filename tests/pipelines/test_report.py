@@ -77,6 +77,9 @@ def make(folder, scenes, reject=None, names=NAMES):
     table = pa.table([pa.array(list(values), kind) for values, kind in columns], schema=DETECTIONS)
     pq.write_table(table, evaluation / "detections.parquet")
     metrics = coco_metrics(coco_truth(rows, categories), detections_to_coco(table, categories))
+    for row in metrics["per_class"]:  # of an older version
+        for size in "sml":
+            del row[f"AP{size}"]
     head = {"format": 1, "split": "val", "images": len(rows), "dataset_digest": "d1g35t"}
     write_json(evaluation / "metrics.json", head | metrics)
     return dataset, evaluation
@@ -280,6 +283,23 @@ def test_how_sure_the_figures_are_is_said(tmp_path):
     assert "small medium large" in text and "older version" not in text
 
 
+def test_of_too_few_images_it_is_not_said_how_sure(tmp_path):
+    dataset, evaluation = make(tmp_path, [RIGHT, BLIND])
+    judged(evaluation, resamples=100, intervals={"AP": None, "AP50": None})
+    metrics = read_json(evaluation / "metrics.json")
+    for row in metrics["per_class"]:
+        row["interval"] = None
+    write_json(evaluation / "metrics.json", metrics)
+    report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], None, None, tmp_path)
+    text = words(tmp_path / "report.html")
+    cat = next(row["AP"] for row in metrics["per_class"] if row["name"] == CAT)
+    assert "Fewer than 10 images of the val split have objects: too few images to say how sure AP is." in text
+    assert f"cat {cat:.3f} too few images" in text and "sure to be between" not in text
+    write_json(evaluation / "metrics.json", {**metrics, "resamples": 0})
+    report("t", dataset, None, {"val": evaluation}, None, load_settings(), [], None, None, tmp_path)
+    assert "too few images" not in words(tmp_path / "report.html")
+
+
 def test_an_older_evaluation_still_has_a_page(full):
     text = words(full[0] / "report.html")
     assert "This evaluation is of an older version, without kinds of errors, confusions and calibration" in text
@@ -315,12 +335,12 @@ def test_the_champion_is_compared_with(tmp_path):
                "comparison": comparison}  # fmt: skip
     report("t", dataset, None, {}, None, load_settings(), [], verdict, None, tmp_path)
     text = words(tmp_path / "report.html")
-    assert "AP is 0.020 higher (+0.004 to +0.036, 95%), 0.520 instead of 0.500: surely better." in text
-    assert "AP50 is 0.020 lower (-0.050 to +0.010, 95%), 0.780 instead of 0.800: no sure difference." in text
+    assert "AP is 0.020 higher (+0.004 to +0.036, 95 %), 0.520 instead of 0.500: surely better." in text
+    assert "AP50 is 0.020 lower (-0.050 to +0.010, 95 %), 0.780 instead of 0.800: no sure difference." in text
     assert "Of 1 classes 0 are surely better and 1 surely worse." in text
     assert "The champion here is version 2. Both were measured on the same 12 images of the val split." in text
     assert f"{EVIL} 0.500 0.400 -0.100 -0.200 to -0.010 surely worse" in text
-    assert "cat 0.500 0.640 +0.140 how sure is not known" in text and f"{RARE} no ground truth" in text
+    assert "cat 0.500 0.640 +0.140 too few images to say how sure" in text and f"{RARE} no ground truth" in text
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("data:image/svg+xml") == 1
 
 
