@@ -44,7 +44,7 @@ def judge(
     rules = [
         _rule(
             "files are those registered", candidate["problem"] is None, candidate["problem"], None,
-            candidate["problem"] or "its files are those that were registered",
+            candidate["problem"] or "their digests are the same",
         )
     ]  # fmt: skip
     if candidate["problem"] is not None:
