@@ -83,7 +83,7 @@ def error_types(matches: Matches, threshold: float | None) -> dict[str, Any]:
     or poor box is right where its object is not found otherwise, and all other wrong ones are gone; what was missed is
     no longer asked for.
     """
-    kind, about = _wrong(matches)
+    kind, about = kinds_of_errors(matches)
     shown = _shown(matches, threshold)
     counts = {name: int((kind[shown] == at).sum()) for at, name in enumerate(KINDS)}
     counts[MISSED] = int(_missed(matches, kind, about, shown).sum())
@@ -107,8 +107,11 @@ def error_types(matches: Matches, threshold: float | None) -> dict[str, Any]:
     return {"threshold": threshold, "counts": counts, "cost": cost}
 
 
-def _wrong(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
-    """Of each detection the kind of error, as a place in KINDS, and the annotation it is about; -1 for none."""
+def kinds_of_errors(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [N] both: of each detection the kind of error, as a place in KINDS, and the annotation it is about.
+
+    The kinds are as in `error_types`; only a wrong class or a poor box is about an annotation. What is not is -1.
+    """
     kind = np.full(len(matches.score), -1)
     about = np.full(len(matches.score), -1)
     wrong = np.flatnonzero(~matches.right[0] & matches.judged[0])

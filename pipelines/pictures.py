@@ -16,7 +16,9 @@ from PIL import Image
 
 from detr.draw import class_colours, draw_decoder_attention, draw_truth_and_detections
 from detr.transforms import decode_image
-from pipelines.evaluate import coco_truth, detections_to_coco, match_detections
+from pipelines.errors import BACKGROUND, DUPLICATE, KINDS, POOR_BOX, WRONG_CLASS, kinds_of_errors
+from pipelines.evaluate import coco_truth, detections_to_coco
+from pipelines.matching import IOUS, match, overlaps
 from pipelines.shards import read_split, split_shards
 
 SPREAD = 12  # pictures of the whole split
@@ -42,7 +44,14 @@ class Scenes:
         found = detections_to_coco(pq.read_table(Path(evaluation) / "detections.parquet"), categories)
         keep = found["score"] >= threshold
         found = {key: values[keep] for key, values in found.items()}
-        self.found, self.matches = match_detections(self.truth, found, max_dets)
+        self.matches = match(self.truth, found, max_dets, IOUS[:1])
+        self.kind, self.about = kinds_of_errors(self.matches)
+        self.found = {
+            "image_id": self.matches.images[self.matches.image],
+            "category_id": self.matches.categories[self.matches.label],
+            "bbox": self.matches.box,
+            "score": self.matches.score,
+        }
 
     def spread(self) -> list[int]:
         """SPREAD images evenly over the split, the same for every model; images with objects are preferred."""
@@ -59,25 +68,25 @@ class Scenes:
         with the most and most confident mistakes, at most half of all; the best have the highest quality, the typical
         lie nearest to its median. Images where nothing is labelled and nothing found are in none.
         """
-        annotations, boxes = self.truth["annotations"], self.found["bbox"]
-        objects, wrong, overlaps = defaultdict(list), defaultdict(list), defaultdict(list)
+        annotations, matched = self.truth["annotations"], self.matches.found[0].tolist()
+        objects, wrong, ious = defaultdict(list), defaultdict(list), defaultdict(list)
         for at, annotation in enumerate(annotations):
             if not annotation["iscrowd"] and annotation["reject"] is None:
                 objects[annotation["image_id"]].append(at)
         counted = {at for here in objects.values() for at in here}
-        for at, (image, match) in enumerate(zip(self.found["image_id"].tolist(), self.matches.tolist(), strict=True)):
-            if match < 0:
+        for at, (image, place) in enumerate(zip(self.found["image_id"].tolist(), matched, strict=True)):
+            if place < 0:
                 wrong[image].append(at)
-            elif match in counted:  # what lies on a crowd is neither right nor wrong
-                overlaps[image].append(_iou_xywh(boxes[at], np.array([annotations[match]["bbox"]]))[0])
-        hit = set(self.matches.tolist())
+            elif place in counted:  # what lies on a crowd is neither right nor wrong
+                ious[image].append(self._iou(at, place))
+        hit = set(matched)
 
         scenes = []
         for image in self.truth["images"]:
             here = objects[image["id"]]
             missed = [at for at in here if at not in hit]
             false = sorted(wrong[image["id"]], key=lambda at: -self.found["score"][at])
-            right = overlaps[image["id"]]
+            right = ious[image["id"]]
             if here or false:
                 scenes.append(
                     {"id": image["id"], "quality": 2 * sum(right) / (len(here) + len(right) + len(false)),
@@ -169,31 +178,32 @@ class Scenes:
         more = len(words) - 3
         return "; ".join(words[:3]) + (f"; and {more} more" if more > 0 else "")
 
+    def _iou(self, detection: int, annotation: int) -> float:
+        """Of a detection and an annotation."""
+        return float(overlaps(self.matches.box[[detection]], self.matches.object_box[[annotation]])[0, 0])
+
     def _mistakes(self, scene: dict[str, Any]) -> list[str]:
-        """What went wrong in one image, the gravest first."""
+        """What went wrong in one image by `kinds_of_errors`, the gravest first."""
         here, missed, false = scene["here"], scene["missed"], scene["false"]
         if here and not (self.found["image_id"] == scene["id"]).any():
             there = "is 1 object" if len(here) == 1 else f"are {len(here)} objects"
             return [f"found nothing here, where there {there}"]
         annotations = self.truth["annotations"]
-        boxes = np.array([annotations[at]["bbox"] for at in here], np.float64).reshape(-1, 4)
-        words, taken = [], set()
+        words, taken = [], set(self.about[false].tolist())
         for at in false:
-            name, score = self.by_id[int(self.found["category_id"][at])], self.found["score"][at]
-            overlap = _iou_xywh(self.found["bbox"][at], boxes)
-            order = np.argsort(-overlap)
-            same = [i for i in order if self.by_id[annotations[here[i]]["category_id"]] == name]
-            other = [i for i in order if i not in same and overlap[i] >= 0.5]
-            if other:
-                taken.add(here[other[0]])
-                there = self.by_id[annotations[here[other[0]]]["category_id"]]
+            name, score, about = self.by_id[int(self.found["category_id"][at])], self.found["score"][at], self.about[at]
+            kind = KINDS[self.kind[at]]
+            if kind == WRONG_CLASS:
+                there = self.by_id[annotations[about]["category_id"]]
                 words.append(f"‘{name}’ found at {score:.2f} where there is a ‘{there}’")
-            elif same and overlap[same[0]] >= 0.5:
+            elif kind == DUPLICATE:
                 words.append(f"‘{name}’ found a second time at {score:.2f}")
-            elif same and overlap[same[0]] >= 0.1:
-                words.append(f"‘{name}’ found at {score:.2f}, but out of place (IoU {overlap[same[0]]:.2f})")
-            else:
+            elif kind == POOR_BOX:
+                words.append(f"‘{name}’ found at {score:.2f}, but out of place (IoU {self._iou(at, about):.2f})")
+            elif kind == BACKGROUND:
                 words.append(f"‘{name}’ found at {score:.2f} where nothing is labelled")
+            else:
+                words.append(f"‘{name}’ found at {score:.2f}, near something else")
         total = Counter(self.by_id[annotations[at]["category_id"]] for at in here)
         lost = Counter(self.by_id[annotations[at]["category_id"]] for at in missed if at not in taken)
         misses = [
@@ -208,10 +218,3 @@ def jpeg(image: Image.Image) -> str:
     data = io.BytesIO()
     image.save(data, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-def _iou_xywh(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU of one box [4] with others [N, 4], xywh."""
-    sides = np.minimum(box[:2] + box[2:], others[:, :2] + others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    shared = sides.clip(0).prod(axis=1)
-    return shared / np.maximum(box[2:].prod() + others[:, 2:].prod(axis=1) - shared, 1e-9)
