@@ -74,8 +74,8 @@ def curves_figure(history: dict[str, Any]):
     return figure
 
 
-def precision_recall_figure(metrics: dict[str, Any]):
-    """Precision over recall at IoU 0.5: the mean over classes, up to nine classes, the best threshold."""
+def precision_recall_figure(metrics: dict[str, Any], point: dict[str, Any] | None):
+    """Precision over recall at IoU 0.5: the mean over classes, up to nine classes, and over all at one threshold."""
     figure = new_figure(4.4, 3.5)
     axes = figure.subplots()
     curve = metrics["precision_recall"]
@@ -86,10 +86,9 @@ def precision_recall_figure(metrics: dict[str, Any]):
         for (name, values), colour in zip(classes, LINES[1:], strict=False):
             axes.plot(curve["recall"], values, color=colour, linewidth=1.2, label=" " + short(name))
     axes.plot(curve["recall"], curve["precision"], color=LINES[0], linewidth=2.4, label="mean over classes")
-    best = metrics["best_f1"]
-    if best["threshold"] is not None:
-        axes.plot(best["recall"], best["precision"], "o", color=INK, markersize=6,
-                  label=f"best F1, score {best['threshold']:.2f}")  # fmt: skip
+    if point is not None and point["precision"] is not None:
+        axes.plot(point["recall"], point["precision"], "o", color=INK, markersize=6,
+                  label=f"all, from a score of {point['threshold']:.2f}")  # fmt: skip
     style(axes, "recall", "precision")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)

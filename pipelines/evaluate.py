@@ -160,23 +160,22 @@ def coco_metrics(
     }
 
 
-def match_detections(
-    truth: dict[str, Any], detections: list[dict[str, Any]] | dict[str, np.ndarray], max_dets: int = 100
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """COCO's matching at IoU 0.5: which annotation each detection found.
+def f1_at(matches: Matches, threshold: float) -> dict[str, float | None] | None:
+    """{"threshold", "f1", "precision", "recall"} over all classes at IoU 0.5, of the scores from a threshold on.
 
-    Returns the detections that count under max_dets, as arrays in the given order, and for each the
-    position in truth["annotations"] of its match, or -1. Several detections may match one crowd.
-    Raises ValueError as `match`.
+    As `coco_metrics`'s best_f1, at a threshold that was chosen elsewhere. precision is None where nothing is found
+    there; None without truth.
     """
-    matches = match(truth, detections, max_dets, IOUS[:1])
-    kept = {
-        "image_id": matches.images[matches.image],
-        "category_id": matches.categories[matches.label],
-        "bbox": matches.box,
-        "score": matches.score,
+    truth, kept = int(matches.counted.sum()), matches.score >= threshold
+    if not truth:
+        return None
+    right, judged = int((matches.right[0] & kept).sum()), int((matches.judged[0] & kept).sum())
+    return {
+        "threshold": threshold,
+        "f1": 2 * right / (judged + truth),
+        "precision": right / judged if judged else None,
+        "recall": right / truth,
     }
-    return kept, matches.found[0]
 
 
 def full_metrics(

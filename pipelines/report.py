@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 
 from detr.checkpoint import CheckpointError
@@ -21,11 +22,13 @@ from pipelines.charts import (
     svg,
 )
 from pipelines.compare import in_words, judgement
+from pipelines.evaluate import coco_truth, detections_to_coco, f1_at
 from pipelines.look import Finding
+from pipelines.matching import IOUS, match
 from pipelines.pictures import Scenes, jpeg
 from pipelines.resample import ENOUGH, TOO_FEW
 from pipelines.settings import RunSettings, UserError
-from pipelines.shards import count_rejects
+from pipelines.shards import count_rejects, read_split
 from pipelines.stage import read_json
 from pipelines.trials import BROAD, analyse, significant, trial_figures, trial_rows
 
@@ -90,6 +93,7 @@ def report(
             )
     judged = next((split for split in ("test", "val", *metrics) if split in metrics), None)
     shown = next((split for split in ("val", judged) if split in metrics), None)  # test images are not looked at
+    point = _point(metrics, judged, dataset_folder, dataset["categories"], evaluations, settings)
     names = [category["name"] for category in dataset["categories"]]
     past = read_json(history) if history is not None else {"steps": [], "validations": []}
     trained = (train_record or {}).get("result") or {}
@@ -132,16 +136,16 @@ def report(
         metrics=metrics,
         judged=judged,
         shown=shown,
-        verdict=_verdict(metrics, judged, registry),
+        verdict=_verdict(metrics, judged, point, registry),
         rules=_rules(registry),
         comparison=comparison,
-        tiles=_tiles(metrics, judged, dataset, train_record, past),
+        tiles=_tiles(metrics, judged, point, dataset, train_record, past),
         loss_curve=svg(loss_figure(past["steps"])) if past["steps"] else None,
         ap_curve=svg(ap_figure(past["validations"])) if past["validations"] else None,
-        pr_curve=svg(precision_recall_figure(metrics[judged])) if _has_curve(metrics, judged) else None,
+        pr_curve=svg(precision_recall_figure(metrics[judged], point)) if _has_curve(metrics, judged) else None,
         classes=_classes(metrics[judged]) if judged else None,
-        errors=_errors(metrics[judged].get("errors")) if judged else None,
-        confusion=_confusion(metrics[judged].get("confusion")) if judged else None,
+        errors=_errors(metrics[shown].get("errors")) if shown else None,
+        confusion=_confusion(metrics[shown].get("confusion")) if shown else None,
         calibration=_calibration(metrics[judged].get("calibration")) if judged else None,
         sweep=_sweep(sweep) if sweep else None,
         grids=grids,
@@ -195,7 +199,30 @@ def _threshold(metrics: dict[str, Any], settings: RunSettings) -> float:
     return next(value for value in (best, settings.predict.score_threshold, 0.5) if value is not None)
 
 
-def _verdict(metrics: dict[str, Any], judged: str | None, registry: dict[str, Any] | None) -> dict[str, Any]:
+def _point(
+    metrics: dict[str, Any], judged: str | None, dataset_folder: Path, categories: list[dict[str, Any]],
+    evaluations: dict[str, Path], settings: RunSettings,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Precision and recall of the judged split, as of `f1_at`, and the split its threshold was "chosen_on".
+
+    On the test split at the threshold of val, where there is one: its own best would flatter it, and is not what
+    `detr predict` applies. None without truth.
+    """
+    best = metrics[judged]["best_f1"] if judged else None
+    chosen = ((metrics.get("val") or {}).get("best_f1") or {}).get("threshold")
+    if best is None or judged != "test" or chosen is None:
+        return best and {**best, "chosen_on": judged}
+    columns = ["image_id", "file_name", "width", "height", "annotations"]
+    truth = coco_truth(read_split(Path(dataset_folder), judged, columns), categories)
+    table = pq.read_table(Path(evaluations[judged]) / "detections.parquet")
+    max_dets = metrics[judged].get("max_dets", settings.evaluate.max_dets)
+    matches = match(truth, detections_to_coco(table, categories), max_dets, IOUS[:1])
+    return {**f1_at(matches, chosen), "chosen_on": "val"}
+
+
+def _verdict(
+    metrics: dict[str, Any], judged: str | None, point: dict[str, Any] | None, registry: dict[str, Any] | None
+) -> dict[str, Any]:
     """The headline, the registry's word on it, and plain sentences."""
     sentences = []
     if judged is None:
@@ -204,7 +231,7 @@ def _verdict(metrics: dict[str, Any], judged: str | None, registry: dict[str, An
     else:
         found = metrics[judged]
         headline = f"AP {_number(found['AP'])}, AP50 {_number(found['AP50'])} on the {judged} split"
-        intervals, best = found.get("intervals") or {}, found["best_f1"]
+        intervals = found.get("intervals") or {}
         if intervals.get("AP"):
             inner = f" (AP50 {_between(intervals['AP50'])})" if intervals.get("AP50") else ""
             sentences.append(
@@ -214,15 +241,19 @@ def _verdict(metrics: dict[str, Any], judged: str | None, registry: dict[str, An
             )
         elif found.get("resamples") and found["AP"] is not None:
             sentences.append(f"Fewer than {ENOUGH} images of the {judged} split have objects: {TOO_FEW} AP is.")
-        if best is None:
+        if point is None:
             sentences.append(f"The {judged} split has no ground truth to measure against.")
-        elif best["threshold"] is None:
+        elif point["threshold"] is None:
             sentences.append(f"It finds nothing at all in the {found['images']} images of the {judged} split.")
         else:
-            sentences.append(
-                f"At its best threshold, a score of {best['threshold']:.2f}, it finds {best['recall']:.0%} of the "
-                f"objects in the {found['images']:,} images, and {best['precision']:.0%} of what it finds is right."
-            )
+            at = "At its best threshold"
+            if point["chosen_on"] != judged:
+                at = f"At the threshold chosen on the {point['chosen_on']} split"
+            finds = f"nothing in the {found['images']:,} images"
+            if point["precision"] is not None:
+                finds = (f"{point['recall']:.0%} of the objects in the {found['images']:,} images, and "
+                         f"{point['precision']:.0%} of what it finds is right")  # fmt: skip
+            sentences.append(f"{at}, a score of {point['threshold']:.2f}, it finds {finds}.")
     if registry is None:
         kind, word, reason = "absent", "No verdict on promotion:", "nothing was registered in this run."
     elif registry["promoted"]:
@@ -357,16 +388,18 @@ def _calibration(found: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"words": words, "chart": svg(calibration_figure(bins))}
 
 
-def _tiles(metrics, judged, dataset, train_record, past) -> list[dict[str, str]]:
+def _tiles(metrics, judged, point, dataset, train_record, past) -> list[dict[str, str]]:
     tiles = []
     if judged is not None:
         found = metrics[judged]
-        best = found["best_f1"] or {}
+        best, own = point or {}, not point or point["chosen_on"] == judged
+        at = "no threshold"
+        if best.get("threshold") is not None:
+            at = f"at score {best['threshold']:.2f}" + ("" if own else f", chosen on {best['chosen_on']}")
         tiles += [
             {"label": "AP", "value": _number(found["AP"]), "note": f"{judged} split, IoU .50 to .95"},
             {"label": "AP50", "value": _number(found["AP50"]), "note": f"{judged} split, IoU .50"},
-            {"label": "Best F1", "value": _number(best.get("f1")), "note": (
-                f"at score {best['threshold']:.2f}" if best.get("threshold") is not None else "no threshold")},
+            {"label": "Best F1" if own else "F1", "value": _number(best.get("f1")), "note": at},
         ]  # fmt: skip
     train = dataset["splits"].get("train")
     if train:

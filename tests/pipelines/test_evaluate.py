@@ -18,8 +18,8 @@ from pipelines.evaluate import (
     coco_truth,
     detections_to_coco,
     evaluate,
+    f1_at,
     full_metrics,
-    match_detections,
     places,
     split_shards,
 )
@@ -291,7 +291,7 @@ def test_the_best_threshold_is_on_no_detection():
     for seed in range(12):
         truth, detections = random_case(seed)
         best, scores = coco_metrics(truth, detections)["best_f1"], np.array([d["score"] for d in detections])
-        _, matches = match_detections(truth, [d for d in detections if d["score"] >= best["threshold"]])
+        matches = match(truth, [d for d in detections if d["score"] >= best["threshold"]]).found[0]
         crowd = np.array([a["iscrowd"] for a in truth["annotations"]], bool)
         judged = (matches < 0) | ~crowd[matches]
         assert np.abs(scores - best["threshold"]).min() > 1e-3
@@ -309,9 +309,28 @@ def test_crowds_are_neither_right_nor_wrong():
 
 def test_a_second_detection_of_an_object_matches_nothing():
     truth = one_image([[0, 0, 10, 10]])
-    kept, matches = match_detections(truth, [found([0, 0, 10, 8], 0.9), found([0, 0, 10, 10], 0.8)])
-    assert kept["score"].tolist() == [0.9, 0.8]
-    assert matches.tolist() == [0, -1]
+    matches = match(truth, [found([0, 0, 10, 8], 0.9), found([0, 0, 10, 10], 0.8)])
+    assert matches.score.tolist() == [0.9, 0.8]
+    assert matches.found[0].tolist() == [0, -1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_f1_at_the_best_threshold_is_the_best_f1_and_no_other_is_better(seed):
+    truth, detections = random_case(seed)
+    best, matches = coco_metrics(truth, detections)["best_f1"], match(truth, detections)
+    assert f1_at(matches, best["threshold"]) == pytest.approx(best)
+    assert max(f1_at(matches, threshold)["f1"] for threshold in np.linspace(0, 1, 50)) <= best["f1"] + 1e-12
+
+
+def test_f1_at_a_threshold_by_hand():
+    truth = one_image([[0, 0, 10, 10], [30, 0, 10, 10], [60, 0, 20, 20]], crowd=[2])
+    detections = [found([0, 0, 10, 10], 0.9), found([0, 80, 10, 10], 0.8), found([62, 2, 8, 8], 0.7),
+                  found([30, 0, 10, 10], 0.3)]  # fmt: skip
+    matches = match(truth, detections)
+    assert f1_at(matches, 0.5) == {"threshold": 0.5, "f1": 0.5, "precision": 0.5, "recall": 0.5}  # crowds do not count
+    assert f1_at(matches, 0.3)["recall"] == 1.0 and f1_at(matches, 0.3)["precision"] == pytest.approx(2 / 3)
+    assert f1_at(matches, 0.95) == {"threshold": 0.95, "f1": 0.0, "precision": None, "recall": 0.0}
+    assert f1_at(match(one_image([]), detections), 0.5) is None
 
 
 def test_the_curve_ends_where_recall_ends():

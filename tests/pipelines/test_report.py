@@ -15,6 +15,7 @@ from PIL import Image
 from detr.checkpoint import save_checkpoint
 from detr.config import ModelConfig
 from detr.segmentation import build_model
+from pipelines.errors import error_types
 from pipelines.evaluate import DETECTIONS, coco_metrics, coco_truth, detections_to_coco
 from pipelines.look import Finding
 from pipelines.pictures import Scenes
@@ -173,7 +174,7 @@ def test_mistakes_are_told_in_words_and_right_images_are_none(full):
         3: "found nothing here, where there are 2 objects",
         4: "‘cat’ found at 0.80 where nothing is labelled",
         5: "‘cat’ found a second time at 0.70",
-        6: "missed ‘cat’; ‘cat’ found at 0.85, but out of place (IoU 0.33)",
+        6: "‘cat’ found at 0.85, but out of place (IoU 0.33)",
     }
     assert [int(number) for _, number in worst] == [3, 2, 6, 4, 5]  # 2 missed; 1 and .91; 1 and .85; .8; .7
 
@@ -388,6 +389,36 @@ def test_confusions_and_kinds_of_errors_are_told(tmp_path):
     assert 'alt="Confusion matrix' in page and "<script" not in page
 
 
+def test_the_test_split_is_judged_at_the_threshold_of_val_and_not_looked_at(tmp_path):
+    """On val a score from 0.5 is best; on test it would be one of 0.2, with which nothing is wrong."""
+    low, wrong = ([(BOX, 1)], [(BOX, 1, 0.2)]), ([(BOX, 1)], [(BOX, 1, 0.6), (FAR, 1, 0.4)])
+    dataset, val = make(tmp_path, [wrong] * 3)
+    other, test = make(tmp_path / "test", [low] * 3 + [RIGHT])
+    (other / "val-00000.parquet").rename(dataset / "test-00000.parquet")
+    split = read_json(other / "dataset.json")["splits"]["val"]
+    split["shards"][0]["path"] = "test-00000.parquet"
+    said = read_json(dataset / "dataset.json")
+    write_json(dataset / "dataset.json", {**said, "splits": {**said["splits"], "test": split}})
+    taken = {"threshold": 0.5, "iou": 0.5, "names": [*NAMES, "background"], "matrix": np.zeros((4, 4), int).tolist()}
+    taken["matrix"][0][1] = 7
+    judged(val, confusion=taken, errors={"threshold": 0.5, "counts": {k: 8 for k in ADVISED},
+                                         "cost": dict.fromkeys(ADVISED)})  # fmt: skip
+    judged(test, split="test")
+    best = read_json(test / "metrics.json")["best_f1"]
+    assert best["threshold"] < 0.2 and best["recall"] == 1.0
+    report("t", dataset, None, {"val": val, "test": test}, None, load_settings(), [], None, None, tmp_path)
+    text = words(tmp_path / "report.html")
+    assert "on the test split" in text
+    sentence = "At the threshold chosen on the val split, a score of 0.50, it finds 25% of the objects in the 4 images"
+    assert f"{sentence}, and 100% of what it finds is right." in text
+    assert "F1 0.400 at score 0.50, chosen on val" in text and "At its best threshold" not in text
+    assert "Kinds of errors, val split 48 errors" in text and "What is taken for what, val split" in text
+    assert f"‘{EVIL}’ taken for ‘cat’ 7 times" in text and "Kinds of errors, test split" not in text
+    report("t", dataset, None, {"test": test}, None, load_settings(), [], None, None, tmp_path)
+    text = words(tmp_path / "report.html")
+    assert "At its best threshold, a score of 0.10, it finds 100%" in text and "Kinds of errors, test split" in text
+
+
 @pytest.mark.parametrize(
     ("scores", "right", "error", "sentence"),
     [
@@ -422,6 +453,26 @@ def test_best_typical_and_worst_images(tmp_path):
     np.testing.assert_allclose(quality, [0, 1, 0.8], atol=1e-6)
     np.testing.assert_allclose(grids["worst"][1]["quality"], 2 / 3, atol=1e-6)  # one of two found is right, none missed
     assert grids["best"][0]["caption"] == "its one object found"
+
+
+def test_captions_tell_the_kinds_of_errors_that_are_counted(tmp_path):
+    """An own-class overlap of 0.25 comes before another class at 1; near another class is not on nothing."""
+    inner = [20.0, 20.0, 60.0, 52.0]  # IoU 0.8 with BOX
+    own = [20.0, 20.0, 36.0, 40.0]  # IoU 0.25 with inner
+    both = ([(inner, 0), (own, 1)], [(inner, 1, 0.9)])
+    near = ([(BOX, 0)], [([40.0, 20.0, 80.0, 60.0], 1, 0.8)])
+    dataset, evaluation = make(tmp_path, [both, near])
+    categories = read_json(dataset / "dataset.json")["categories"]
+    scenes = Scenes(dataset, "val", categories, evaluation, 0.5, 100)
+    captions = {scene["id"]: scene["caption"] for grid in scenes.grids().values() for scene in grid}
+    assert captions == {
+        1: f"missed ‘{EVIL}’; ‘cat’ found at 0.90, but out of place (IoU 0.25)",
+        2: f"missed ‘{EVIL}’; ‘cat’ found at 0.80, near something else",
+    }
+    counts = error_types(scenes.matches, 0.5)["counts"]
+    assert {kind: count for kind, count in counts.items() if count} == {
+        "poor box": 1, "wrong class and poor box": 1, "missed": 2
+    }  # fmt: skip
 
 
 def test_a_page_of_few_images_shows_none_twice(tmp_path):
