@@ -72,10 +72,13 @@ def report(
     """Write report.html (one file, no script, nothing fetched), validation_grid.png and curves.png.
 
     evaluations: `evaluate`'s folder of each split; stages: records of `run_stage`, the training's also as
-    train_record; registry: what `promote` returned; predictions: figures of a batch job, by name; findings:
-    what `look_at_data` found; sweep: the content of a sweep's trials.json; checkpoint: the folder of what was
-    evaluated, to draw where it looks. What is None, empty or not in an older evaluation is said in words, and
+    train_record; registry: what `promote` or `last_verdict` returned; predictions: figures of a batch job, by name;
+    findings: what `look_at_data` found; sweep: the content of a sweep's trials.json; checkpoint: the folder of what
+    was evaluated, to draw where it looks. What is None, empty or not in an older evaluation is said in words, and
     its picture left out; without a sweep its section is.
+
+    The figures are of the test split where there is one, at the threshold of val; the pictures and errors are of val,
+    so that nobody tunes by the test images.
 
     Returns {"report", "validation_grid", "curves"}: paths, or None for a picture there was nothing for.
     Raises UserError where an evaluation was made on another dataset.
@@ -256,12 +259,19 @@ def _verdict(
             sentences.append(f"{at}, a score of {point['threshold']:.2f}, it finds {finds}.")
     if registry is None:
         kind, word, reason = "absent", "No verdict on promotion:", "nothing was registered in this run."
-    elif registry["promoted"]:
-        kind, word, reason = "yes", "Promoted.", f"{registry['reason']} Champion: version {registry['champion']}."
     else:
-        champion = registry["champion"]
-        stays = f"The champion stays version {champion}." if champion else "There is no champion."
-        kind, word, reason = "no", "Not promoted.", f"{registry['reason']} {stays}"
+        champion, said = registry["champion"], registry["reason"]
+        now = f"The champion now is version {champion}." if champion else "There is no champion now."
+        if registry["promoted"] and champion == registry["version"]:
+            kind, word, reason = "yes", "Promoted.", f"{said} Champion: version {champion}."
+        elif registry["promoted"]:
+            back = registry.get("rolled_back")
+            kind, word = "no", "Promoted, but no longer champion."
+            reason = f"{f'It was rolled back: {back}. ' if back else ''}{now} The gate had said: {said}"
+        else:
+            if champion == registry["previous"]:
+                now = f"The champion stays version {champion}." if champion else "There is no champion."
+            kind, word, reason = "no", "Not promoted.", f"{said} {now}"
     return {"headline": headline, "sentences": sentences, "kind": kind, "word": word, "reason": reason}
 
 

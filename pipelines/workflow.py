@@ -178,9 +178,15 @@ def report_stage(
     from pipelines.report import report
 
     dataset_folder = Path(data["folder"])
-    # What the page depends on; how long a stage took and how a verdict is worded when asked again does not count.
+    # What the page depends on; how long a stage took does not count, nor who asked the gate again, when, and to be told
+    # that what it made champion is champion.
     keys = [[s["stage"], s["key"]] for s in stages if s["stage"] in VERSIONS]
-    decided = verdict and {key: verdict["result"][key] for key in ("promoted", "version", "champion")}
+    decided = None
+    if verdict:
+        said = verdict["result"]
+        decided = {key: said.get(key) for key in ("promoted", "version", "champion", "rolled_back", "why")}
+        decided["broken"] = [[rule["rule"], rule.get("words")] for rule in said["rules"] if not rule["ok"]]
+        decided["comparison"] = said.get("comparison") and digest(said["comparison"])
     inputs = {"stages": keys, "verdict": decided, "settings": settings.model_dump(mode="json")}
 
     def work(folder: Path) -> dict[str, Any]:
@@ -205,15 +211,22 @@ def report_stage(
 
 
 def last_verdict(settings: RunSettings, store: Path, data: Record, checkpoint: Path) -> Record | None:
-    """What the gate last said in this store of a checkpoint; None where it is no version, or the gate was not asked."""
-    from pipelines.registry import registered_name
+    """What the gate last said in this store of a checkpoint, and what became of it since.
+
+    Its "champion" is the present one, and "rolled_back" why the version was rolled back, or None. None where the
+    checkpoint is no version, or the gate was not asked.
+    """
+    from pipelines.registry import champion, registered_name
 
     name = registered_name(settings, data["result"]["name"])
     same = f"name = '{name}' and tags.`model.safetensors_sha256` = '{weights_digest(checkpoint)}'"
-    for version in _tracker(settings, store, data).client().search_model_versions(same):
+    tracker = _tracker(settings, store, data)
+    for version in tracker.client().search_model_versions(same):
         file = Path(store) / "promote" / f"{name}-{version.version}" / "verdict.json"
         if file.is_file():
-            verdict = read_json(file)
+            now = champion(tracker, name)
+            verdict = {**read_json(file), "champion": now and now["version"],
+                       "rolled_back": version.tags.get("rolled_back")}  # fmt: skip
             return {"stage": "promote", "version": 1, "key": digest(verdict), "result": verdict}
     return None
 

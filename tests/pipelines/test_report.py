@@ -580,8 +580,9 @@ def test_the_stage_logs_the_page_and_finds_the_last_verdict(tmp_path, monkeypatc
         verdict = {"promoted": promoted, "reason": f"Since {version}.", "version": version, "champion": "2",
                    "previous": None, "rules": []}  # fmt: skip
         write_json(folder / "verdict.json", verdict)
+    client.set_registered_model_alias("things", "champion", "2")
     verdict = last_verdict(settings, store, data, checkpoint)
-    assert verdict["result"]["version"] == "2"
+    assert verdict["result"]["version"] == verdict["result"]["champion"] == "2"
 
     record = report_stage(settings, store, data, [data, training, measured], training, [measured], verdict, None)
     assert "Promoted. Since 2." in words(Path(record["result"]["report"]))
@@ -589,3 +590,48 @@ def test_the_stage_logs_the_page_and_finds_the_last_verdict(tmp_path, monkeypatc
     logged = {file.path for file in client.list_artifacts(run, "report")}
     assert logged == {"report/report.html", "report/validation_grid.png", "report/curves.png"}
     assert client.get_run(run).data.metrics["val/final/AP"] == pytest.approx(metrics["AP"])
+
+    # Asked again about the standing champion: the same page. Taken back, or told otherwise: another.
+    def page(**changes):
+        told = {**verdict, "result": {**verdict["result"], **changes}}
+        return report_stage(settings, store, data, [data, training, measured], training, [measured], told, None)
+
+    again = page(reason="It already is the champion.", previous="2", who="somebody", when="later")
+    assert again["reused"] and again["folder"] == record["folder"]
+    broken = {"rule": "AP reaches the floor", "ok": False, "figure": 0.1, "limit": 0.5, "words": "it is low"}
+    refused = page(promoted=False, rules=[broken])
+    other = page(promoted=False, rules=[{**broken, "words": "it is lower"}])
+    same = against(0.5, 0.5, 0.0, 0.0, 0.0)
+    found = {"images": 9, "resamples": 9, "confidence": 0.95, "AP": same, "AP50": same, "per_class": []}
+    compared, because = page(comparison=found), page(why="weekly")
+    assert len({each["folder"] for each in (record, refused, other, compared, because)}) == 5
+
+    client.set_registered_model_alias("things", "champion", "1")
+    client.set_model_version_tag("things", "2", "rolled_back", "misses cats")
+    verdict = last_verdict(settings, store, data, checkpoint)
+    record = page()
+    text = words(Path(record["result"]["report"]))
+    assert not record["reused"] and "Champion: version 2" not in text
+    assert "Promoted, but no longer champion. It was rolled back: misses cats. The champion now is version 1." in text
+    client.delete_registered_model_alias("things", "champion")
+    verdict = last_verdict(settings, store, data, checkpoint)
+    assert "There is no champion now." in words(Path(page()["result"]["report"]))
+
+
+def test_the_way_and_the_rules_do_not_claim_a_title_that_was_taken_back(tmp_path):
+    dataset, _ = make(tmp_path, [RIGHT])
+    rule = {"rule": "AP reaches the floor", "ok": True, "figure": 0.3, "limit": 0.1, "words": "it does"}
+    promoted = {"promoted": True, "reason": "Better.", "version": "2", "champion": "2", "previous": "1",
+                "rules": [rule]}  # fmt: skip
+
+    def text(**changes):
+        verdict = {**promoted, **changes}
+        report("t", dataset, None, {}, None, load_settings(), [], verdict, None, tmp_path)
+        return words(tmp_path / "report.html")
+
+    assert "registered version 2, champion" in text() and "It passed every rule of the gate." in text()
+    since = text(champion="1", rolled_back=None)
+    assert "registered version 2, not champion" in since and "The champion now is version 1." in since
+    assert "It passed every rule of the gate, but is no longer champion." in since and "rolled back" not in since
+    later = text(promoted=False, champion="3")
+    assert "Not promoted. Better. The champion now is version 3." in later and "stays" not in later
