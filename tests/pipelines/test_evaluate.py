@@ -554,10 +554,11 @@ def test_a_checkpoint_with_fewer_classes_is_judged_by_those_of_the_dataset(
     moved = {0: 0, 1: 2}
     labels = [pq.read_table(result["detections"])["labels"].to_pylist() for result in (before, after)]
     assert [[moved[label] for label in image] for image in labels[0]] == labels[1]
-    assert after["images_per_second"] > 0 and after["intervals"]["AP"][0] <= after["AP"] <= after["intervals"]["AP"][1]
+    assert after["images_per_second"] > 0 and after["resamples"] == 20
+    assert after["intervals"] == {"AP": None, "AP50": None}  # five images
 
     found = compare_evaluations(settings, grown, "val", again, again)
-    assert found["AP"] == {"first": after["AP"], "second": after["AP"], "difference": 0.0, "low": 0.0, "high": 0.0}
+    assert found["AP"] == {"first": after["AP"], "second": after["AP"], "difference": 0.0, "low": None, "high": None}
     with pytest.raises(UserError, match="of dataset d1, not of 'val' of d2"):
         compare_evaluations(settings, grown, "val", old, again)
 
