@@ -52,11 +52,10 @@ def register(
 ) -> dict[str, Any]:
     """Make the checkpoint a version of `model_name`, or find the version it already is. A new one is its challenger.
 
-    A version whose files were spoilt is not found: the checkpoint becomes a new one.
-
-    evaluation: what `evaluate` returned; the thresholds of its best F1, overall and of each class that has enough
-    objects, become the model's own. Returns {"name", "version", "uri", "run_id", "weights_sha256", "reused"}. Raises
-    UserError if the folder is no checkpoint.
+    A version whose files were spoilt is not found: the checkpoint becomes a new one. evaluation: what `evaluate`
+    returned; the thresholds of its best F1, overall and of each class that has enough objects, become the model's own.
+    Returns {"name", "version", "uri", "run_id", "weights_sha256", "reused"}. Raises UserError if the folder is no
+    checkpoint.
     """
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
@@ -132,10 +131,10 @@ def promote(
     """Make a version champion if it passes the gate.
 
     evaluation: what `evaluate` found now, with "data" (see `gate.judge`); None where its files could not be had, which
-    is a refusal. compare: called with the checkpoint of a
-    champion that is another version; measures that on the same images and returns `compare_evaluations` of it and of
-    this version, with "split_digest"; nobody is kept waiting meanwhile. folder: gets `verdict.json`; models: where
-    champions' files are kept, as for `download`. why: in the asker's words, kept.
+    is a refusal. compare: called with the checkpoint of a champion that is another version; measures that on the same
+    images and returns `compare_evaluations` of it and of this version, with what `gate.judge` asks beside; nobody is
+    kept waiting meanwhile. folder: gets `verdict.json`; models: where champions' files are kept, as for `download`.
+    why: in the asker's words, kept.
 
     Returns {"promoted", "reason", "version", "previous", "champion", "rules", "comparison", "who", "when", "why"}; the
     same is kept with the version (tags, and an artifact of the ledger's run) whether it passed or not. A standing
@@ -190,12 +189,13 @@ def promote(
             else:
                 facts |= {"outcome": "promoted" if promoted else "refused"}
             number = ledger.write("move" if moves else "verdict", **facts)["number"]
-            client.log_dict(ledger.run_id, verdict, f"verdicts/{number:06d}-version-{version}.json")
             if moves:
                 _move_champion(tracker, ledger, version)  # a crash before this leaves the old champion
+            # From here on what was done is told, and never what was only meant.
             measured = _evaluation_tags(evaluation) if evaluation else {}
-            for key, value in (measured | _verdict_tags(verdict)).items():  # never of a move that was not made
+            for key, value in (measured | _verdict_tags(verdict)).items():
                 client.set_model_version_tag(model_name, version, key, value)
+            client.log_dict(ledger.run_id, verdict, f"verdicts/{number:06d}-version-{version}.json")
             if moves:
                 ledger.write("done", move=number)
                 challenger = _alias(tracker, model_name, CHALLENGER)
