@@ -40,23 +40,20 @@ def postgres():
         yield server.uri
 
 
-@pytest.fixture(scope="session")
-def running_mlflow_server(postgres, tmp_path_factory):
+@pytest.fixture(scope="module")
+def mlflow_server(postgres, tmp_path_factory):
+    """An MLflow server with passwords, on PostgreSQL: its url, user and password, which the environment has, too.
+
+    Of a module, since it takes a seventh of a core while nobody asks it anything.
+    """
     from mlflow_server import MlflowServer
 
     if reason := MlflowServer.unfit():
         pytest.skip(f"no MLflow server: {reason}")
-    with MlflowServer(tmp_path_factory.mktemp("mlflow"), postgres) as server:
+    with MlflowServer(tmp_path_factory.mktemp("mlflow"), postgres) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_USERNAME", server.user)
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", server.password)
         yield server
-
-
-@pytest.fixture(scope="module")
-def mlflow_server(running_mlflow_server):
-    """An MLflow server with passwords, on PostgreSQL: its url, user and password, which the environment has, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_USERNAME", running_mlflow_server.user)
-        patch.setenv("MLFLOW_TRACKING_PASSWORD", running_mlflow_server.password)
-        yield running_mlflow_server
 
 
 class HostCopies(TorchFunctionMode):

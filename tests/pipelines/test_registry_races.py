@@ -60,7 +60,13 @@ def ask(tracked: Tracker, name: str, version: str, ap: float, folder: Path) -> d
     return promote(SETTINGS, tracked, name, version, scored(ap), compare, *places)
 
 
-def _race(tracked: Tracker, name: str, run_id: str, ap: float, folder: Path, start) -> None:
+def credentials() -> dict[str, str]:
+    """For a child: the server that forks it was started before they were set."""
+    return {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_TRACKING_")}
+
+
+def _race(known_as: dict, tracked: Tracker, name: str, run_id: str, ap: float, folder: Path, start) -> None:
+    os.environ.update(known_as)
     start.wait(120)
     ask(tracked, name, add(tracked, name, run_id, ap, folder), ap, folder / str(os.getpid()))
 
@@ -69,7 +75,8 @@ def test_twenty_promotions_at_once_leave_one_champion_and_the_whole_history(trac
     name, run_id = "raced", tracked.start_run("train")
     start = PROCESSES.Event()
     aps = [(7 * n % RACERS + 1) / (RACERS + 1) for n in range(RACERS)]  # each once, in no order
-    racers = [PROCESSES.Process(target=_race, args=(tracked, name, run_id, ap, tmp_path, start)) for ap in aps]
+    racers = [PROCESSES.Process(target=_race, args=(credentials(), tracked, name, run_id, ap, tmp_path, start))
+              for ap in aps]  # fmt: skip
     for racer in racers:
         racer.start()
     seen, over = [], threading.Event()
@@ -106,9 +113,11 @@ def test_twenty_promotions_at_once_leave_one_champion_and_the_whole_history(trac
     assert [version for version in order if version in seen] == seen  # one at a time, and none came back
 
 
-def _killed(tracked: Tracker, after: int, counted, work, *arguments) -> None:
+def _killed(known_as: dict, tracked: Tracker, after: int, counted, work, *arguments) -> None:
     """Do work(tracked, *arguments), and die when its `after`-th write was done; counted: how many there were."""
     from mlflow import MlflowClient
+
+    os.environ.update(known_as)
 
     def dying(write):
         def call(*arguments, **more):
@@ -125,6 +134,11 @@ def _killed(tracked: Tracker, after: int, counted, work, *arguments) -> None:
     work(tracked, *arguments)
 
 
+# What a kill leaves does not depend on the database; on the server it is tried at every step, too, where there is time.
+BOTH = pytest.mark.parametrize("tracked", ["sqlite", pytest.param("server", marks=pytest.mark.long)], indirect=True)
+
+
+@BOTH
 def test_killed_at_any_step_the_next_promotion_goes_on_without_repair(tracked, tmp_path):
     run_id = tracked.start_run("train")
     outcomes, steps = [], 0
@@ -135,7 +149,7 @@ def test_killed_at_any_step_the_next_promotion_goes_on_without_repair(tracked, t
         third = add(tracked, name, run_id, 0.3, tmp_path)
         counted = PROCESSES.Value("i", 0)
         told = (ask, name, second, 0.2, tmp_path / name)
-        child = PROCESSES.Process(target=_killed, args=(tracked, steps, counted, *told))
+        child = PROCESSES.Process(target=_killed, args=(credentials(), tracked, steps, counted, *told))
         child.start()
         child.join(60)
         if child.exitcode == 0:
@@ -162,6 +176,7 @@ def test_killed_at_any_step_the_next_promotion_goes_on_without_repair(tracked, t
     assert set(outcomes) == {"nothing", "abandoned", "promoted"} and steps == counted.value
 
 
+@BOTH
 def test_a_rollback_killed_at_any_step_is_done_or_not(tracked, tmp_path):
     run_id = tracked.start_run("train")
     outcomes, steps = [], 0
@@ -169,8 +184,8 @@ def test_a_rollback_killed_at_any_step_is_done_or_not(tracked, tmp_path):
         name = f"back-{steps}"
         for ap in (0.1, 0.2):
             ask(tracked, name, add(tracked, name, run_id, ap, tmp_path), ap, tmp_path)
-        counted = PROCESSES.Value("i", 0)
-        child = PROCESSES.Process(target=_killed, args=(tracked, steps, counted, rollback, name, "small cats"))
+        counted, told = PROCESSES.Value("i", 0), (rollback, name, "small cats")
+        child = PROCESSES.Process(target=_killed, args=(credentials(), tracked, steps, counted, *told))
         child.start()
         child.join(60)
         if child.exitcode == 0:
