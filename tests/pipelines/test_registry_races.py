@@ -89,6 +89,7 @@ def test_twenty_promotions_at_once_leave_one_champion_and_the_whole_history(trac
 
     start.set()
     while not tracked.client().search_registered_models(f"name = '{name}'"):
+        assert any(racer.is_alive() for racer in racers)
         time.sleep(0.05)
     watcher = threading.Thread(target=watch)
     watcher.start()
