@@ -135,6 +135,16 @@ def _killed(known_as: dict, tracked: Tracker, after: int, counted, work, *argume
     work(tracked, *arguments)
 
 
+def killed_after(writes: int, tracked: Tracker, work, *arguments) -> int | None:
+    """Do work(tracked, *arguments) in a child that is killed after so many writes; how many it made, if it lived."""
+    counted = PROCESSES.Value("i", 0)
+    child = PROCESSES.Process(target=_killed, args=(credentials(), tracked, writes, counted, work, *arguments))
+    child.start()
+    child.join(60)
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return counted.value if child.exitcode == 0 else None
+
+
 # What a kill leaves does not depend on the database; on the server it is tried at every step, too, where there is time.
 BOTH = pytest.mark.parametrize("tracked", ["sqlite", pytest.param("server", marks=pytest.mark.long)], indirect=True)
 
@@ -148,14 +158,9 @@ def test_killed_at_any_step_the_next_promotion_goes_on_without_repair(tracked, t
         ask(tracked, name, add(tracked, name, run_id, 0.1, tmp_path), 0.1, tmp_path)
         second = add(tracked, name, run_id, 0.2, tmp_path)
         third = add(tracked, name, run_id, 0.3, tmp_path)
-        counted = PROCESSES.Value("i", 0)
-        told = (ask, name, second, 0.2, tmp_path / name)
-        child = PROCESSES.Process(target=_killed, args=(credentials(), tracked, steps, counted, *told))
-        child.start()
-        child.join(60)
-        if child.exitcode == 0:
+        writes = killed_after(steps, tracked, ask, name, second, 0.2, tmp_path / name)
+        if writes is not None:
             break
-        assert child.exitcode == -signal.SIGKILL
         standing = champion(tracked, name)["version"]
         told = history(tracked, name)
         moves = [row["version"] for row in told if row["what"] == "promoted"]
@@ -174,7 +179,7 @@ def test_killed_at_any_step_the_next_promotion_goes_on_without_repair(tracked, t
         steps += 1
     # nothing at first, then what was meant, then what was done
     assert outcomes == sorted(outcomes, key=["nothing", "abandoned", "promoted"].index)
-    assert set(outcomes) == {"nothing", "abandoned", "promoted"} and steps == counted.value
+    assert set(outcomes) == {"nothing", "abandoned", "promoted"} and steps == writes
 
 
 @BOTH
@@ -185,20 +190,16 @@ def test_a_rollback_killed_at_any_step_is_done_or_not(tracked, tmp_path):
         name = f"back-{steps}"
         for ap in (0.1, 0.2):
             ask(tracked, name, add(tracked, name, run_id, ap, tmp_path), ap, tmp_path)
-        counted, told = PROCESSES.Value("i", 0), (rollback, name, "small cats")
-        child = PROCESSES.Process(target=_killed, args=(credentials(), tracked, steps, counted, *told))
-        child.start()
-        child.join(60)
-        if child.exitcode == 0:
+        writes = killed_after(steps, tracked, rollback, name, "small cats")
+        if writes is not None:
             break
-        assert child.exitcode == -signal.SIGKILL
         standing = champion(tracked, name)["version"]
         verdict = ask(tracked, name, "2", 0.2, tmp_path)  # what a scheduled run would do next
         assert verdict["promoted"] == (standing == "2") and ("small cats" in verdict["reason"]) == (standing == "1")
         assert champion(tracked, name)["version"] == standing
         outcomes.append(standing)
         steps += 1
-    assert outcomes == sorted(outcomes, reverse=True) and set(outcomes) == {"1", "2"} and steps == counted.value
+    assert outcomes == sorted(outcomes, reverse=True) and set(outcomes) == {"1", "2"} and steps == writes
 
 
 def test_the_lease_is_exclusive_and_outlives_no_holder(tracked, monkeypatch):
