@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from pipelines.registry import CHAMPION, history, registered_name
-from pipelines.settings import RunSettings, UserError
+from pipelines.settings import RunSettings, UserError, flatten
 from pipelines.stage import read_json
 from pipelines.tracking import Tracker, tracker
 from pipelines.workflow import latest, weights_digest
@@ -169,7 +168,7 @@ class _Graph:
             dataset = record["inputs"]["dataset"]
             if facts is None:
                 lacks = f"MLflow at {self.mlflow} does not have run {run_id}: its code is not known."
-                facts = {"stage": "train", "changed": _changed(dict(_flat(record["settings"]))), "unknown": lacks}
+                facts = {"stage": "train", "changed": _changed(flatten(record["settings"])), "unknown": lacks}
             facts |= {"when": record["finished"], "AP": record["result"].get("AP"), "folder": record["folder"]}
         elif facts["stage"] == "train":
             facts["unknown"] = f"Run {run_id} is of another store: what else it left is not known here."
@@ -291,17 +290,9 @@ def _run_facts(mlflow: Tracker, run_id: str) -> tuple[dict[str, Any] | None, str
 
 def _changed(told: dict[str, Any]) -> dict[str, Any]:
     """Of settings by dotted name those that shape a model and are not the default."""
-    usual = dict(_flat(RunSettings().model_dump(mode="json")))
+    usual = flatten(RunSettings().model_dump(mode="json"))
     return {key: value for key, value in told.items()
             if key.split(".")[0] in SHAPES_A_MODEL and key in usual and value != usual[key]}  # fmt: skip
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _value(text: str) -> Any:

@@ -27,7 +27,7 @@ from pipelines.look import Finding
 from pipelines.matching import IOUS, match
 from pipelines.pictures import Scenes, jpeg
 from pipelines.resample import ENOUGH, TOO_FEW
-from pipelines.settings import RunSettings, UserError
+from pipelines.settings import RunSettings, UserError, flatten
 from pipelines.shards import count_rejects, read_split
 from pipelines.stage import read_json
 from pipelines.trials import BROAD, analyse, significant, trial_figures, trial_rows
@@ -509,23 +509,15 @@ def _keys(train_record, stages) -> list[tuple[str, str]]:
 
 def _otherwise(settings, train_record, checkpoint: Path | None) -> list[tuple[str, str, str]]:
     """Settings the training did not take as given: (name, given, taken), by a sweep or fitted to the data."""
-    given = _flat(settings.model_dump(mode="json"))
+    given = flatten(settings.model_dump(mode="json"))
     groups = (train_record or {}).get("settings") or {}
-    taken = _flat({key: value for key, value in groups.items() if isinstance(value, dict)})
+    taken = flatten({key: value for key, value in groups.items() if isinstance(value, dict)})
     file = Path(checkpoint) / "config.json" if checkpoint else None
     if file and file.is_file():
-        taken |= _flat({"model": read_json(file)["model"]})
+        taken |= flatten({"model": read_json(file)["model"]})
     return [
         (key, str(given[key]), str(value)) for key, value in taken.items() if key in given and given[key] != value
     ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _scalars(values: dict[str, Any]) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from pipelines.settings import RunSettings, UserError
+from pipelines.settings import RunSettings, UserError, flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -184,7 +184,7 @@ class Tracker:
         from mlflow.entities import Param, RunTag
 
         client = self.client()
-        values = {_key(name): _text(value)[:MAX_PARAM] for name, value in _flatten(params)}
+        values = {_key(name): _text(value)[:MAX_PARAM] for name, value in flatten(params).items()}
         present = client.get_run(run_id).data.params
         new = [Param(name, value) for name, value in values.items() if name not in present]
         changed = [
@@ -501,14 +501,6 @@ def _check_server(server: Tracker) -> None:
         raise UserError(
             f"No {what} answers at {server} ({error}); start it, or leave tracking.uri out to keep runs in the store."
         ) from error
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _key(name: str) -> str:

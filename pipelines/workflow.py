@@ -26,7 +26,6 @@ APPLICATION_VERSION = "2"  # raised when the order or the meaning of the steps c
 # Raised by hand when what a stage makes of the same inputs and settings changes.
 VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 8, "evaluate": 3, "predict": 2, "report": 5}
 GATE_REFUSED = 3
-THRESHOLDS = ("score_threshold", "score_thresholds")  # in a checkpoint's config.json
 
 Record = dict[str, Any]
 
@@ -159,10 +158,10 @@ def predict_stage(
     settings: RunSettings, store: Path, images: str, checkpoint: Path, model_name: str, version: str
 ) -> Record:
     """Detections on all images of an input (folder, prefix, list or COCO file)."""
-    from pipelines.predict import list_images, predict
+    from pipelines.predict import list_images, predict, thresholds
 
     listed = list_images(images, settings)
-    own = {key: read_json(Path(checkpoint) / "config.json").get(key) for key in THRESHOLDS}
+    own = thresholds(settings, read_json(Path(checkpoint) / "config.json"))
     inputs = {**_checkpoint_inputs(checkpoint), "images": digest(listed, 64), "model": [model_name, str(version)],
               "thresholds": digest(own)}  # fmt: skip
     return _stage(store, "predict", settings.predict.model_dump(), inputs,
