@@ -1,6 +1,7 @@
 """One way to open local paths and s3:// URIs: pyarrow's file systems, with errors a person can mend.
 
-Credentials, region and endpoint of S3 come from the usual AWS_* variables.
+What pyarrow does not know of S3 (ETags, writing only where nothing is) boto3 does. Credentials, region and endpoint of
+S3 come from the usual AWS_* variables.
 """
 
 from __future__ import annotations
@@ -10,19 +11,37 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+import stat
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    SSLError,
+)
+from botocore.exceptions import ConnectionError as NoConnectionError
 
 from pipelines.settings import UserError
 
 COPIED_AT_ONCE = 2**24  # bytes
 ASKING, WORKING = 3, 10  # times S3 is tried: a wrong address is to be said soon, a night's work outlasts a busy store
+CONNECTIONS = 32  # that one process keeps to S3
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+AWAY = (NoConnectionError, HTTPClientError)
+T = TypeVar("T")
 
 
 def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -43,6 +62,20 @@ def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
 
 def locate(uri: str | Path, attempts: int = ASKING) -> tuple[pafs.FileSystem, str]:
     """As `filesystem`, whether or not something is there. attempts: how often S3 is tried, waiting ever longer."""
+    bucket, path = bucket_and_key(uri)
+    if bucket is None:
+        return pafs.LocalFileSystem(), path
+    path = f"{bucket}/{path}".strip("/")
+    if "//" in path:
+        raise UserError(f"{uri} has an empty part (two slashes), which cannot be read here; rename what it names.", 2)
+    return _s3(bucket, attempts), path
+
+
+def bucket_and_key(uri: str | Path) -> tuple[str | None, str]:
+    """s3://BUCKET/KEY -> (BUCKET, KEY); a local path or file:// URI -> (None, its absolute path).
+
+    Raises UserError (exit code 2) for what is neither.
+    """
     text = str(uri)
     try:
         text.encode()
@@ -50,17 +83,15 @@ def locate(uri: str | Path, attempts: int = ASKING) -> tuple[pafs.FileSystem, st
         raise UserError(f"{text!a} is not UTF-8; rename it.", 2) from error
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+        return None, str(Path(text).expanduser().absolute())
     if scheme == "file":
-        return pafs.LocalFileSystem(), plain(text)
+        return None, plain(text)
     if scheme != "s3":
         raise UserError(f"{text} cannot be opened; give a local path or an s3:// URI.", 2)
-    path = rest.strip("/")
-    if not path:
+    bucket, _, key = rest.partition("/")
+    if not bucket:
         raise UserError(f"{text} names no bucket; write s3://BUCKET/PREFIX.", 2)
-    if "//" in path:
-        raise UserError(f"{text} has an empty part (two slashes), which cannot be read here; rename what it names.", 2)
-    return _s3(path.partition("/")[0], attempts), path
+    return bucket, key
 
 
 def kind(uri: str | Path) -> pafs.FileType:
@@ -102,7 +133,7 @@ def list_files(uri: str | Path, recursive: bool = False) -> dict[str, pafs.FileI
     fs, path = filesystem(uri)
     try:
         local = recursive and fs.type_name == "local"  # where pyarrow goes round in a loop of links
-        found = fs.get_file_info(list(_below(path)) if local else pafs.FileSelector(path, recursive=recursive))
+        found = fs.get_file_info(list(files_below(path)) if local else pafs.FileSelector(path, recursive=recursive))
         return {info.path.removeprefix(path).lstrip("/"): info for info in found if info.type == pafs.FileType.File}
     except OSError as error:
         raise UserError(f"{uri} cannot be listed: {explain(error)}", 2) from error
@@ -110,8 +141,8 @@ def list_files(uri: str | Path, recursive: bool = False) -> dict[str, pafs.FileI
         raise UserError(f"{uri} holds a file whose name is not UTF-8; rename it.", 2) from error
 
 
-def _below(folder: str, above: tuple[Path, ...] = ()) -> Iterator[str]:
-    """The paths of all files below a local folder. Raises OSError."""
+def files_below(folder: str, above: tuple[Path, ...] = ()) -> Iterator[str]:
+    """The paths of all files below a local folder, links followed as `list_files` does. Raises OSError."""
     above = (*above, Path(os.path.realpath(folder)))
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -120,7 +151,7 @@ def _below(folder: str, above: tuple[Path, ...] = ()) -> Iterator[str]:
             if not entry.is_dir():
                 yield entry.path
             elif not any(place.is_relative_to(os.path.realpath(entry.path)) for place in above):
-                yield from _below(entry.path, above)
+                yield from files_below(entry.path, above)
 
 
 def fetch(uri: str | Path, folder: Path) -> Path:
@@ -206,30 +237,310 @@ def read_file(uri: str | Path, largest: int | None = None) -> tuple[bytes | None
         return None, f"it cannot be read ({os.strerror(error.errno or errno.EIO)})"
 
 
+def read_listed(uri: str, etag: str, size: int) -> tuple[bytes | None, str | None]:
+    """(the bytes of a file that was listed with this etag and size, None), or (None, why they cannot be had).
+
+    Of a file that was not there then (etag ""), too. Raises UserError (exit code 1) where the object store does not
+    answer.
+    """
+    bucket, key = bucket_and_key(uri)
+    if bucket is None:
+        return _read_local(key, etag)
+
+    def ask() -> tuple[str, bytes]:
+        answer = s3_client(1).get_object(Bucket=bucket, Key=key)
+        return answer["ETag"].strip('"'), answer["Body"].read()
+
+    try:
+        found, data = patiently(ask)
+    except (BotoCoreError, ClientError) as error:
+        if is_transient(error) or isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+            raise not_done(uri, "read", error) from error
+        if is_denied(error):
+            return None, "access to it is denied"
+        if is_missing(error):
+            return None, "there is no such file"
+        return None, explain(error).rstrip(".")
+    return (data, None) if (found, len(data)) == (etag, size) else (None, "it changed after it was listed")
+
+
+def _read_local(path: str, etag: str) -> tuple[bytes | None, str | None]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+            return None, "it is not a file"
+        with open(path, "rb") as file:
+            data = file.read()
+            found = etag_of(os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return None, "there is no such file"
+    except PermissionError:
+        return None, "access to it is denied"
+    except OSError as error:
+        return None, f"it cannot be read ({os.strerror(error.errno or errno.EIO)})"
+    return (data, None) if found == etag else (None, "it changed after it was listed")
+
+
+def etag_of(info: os.stat_result) -> str:
+    """What changes when a local file does, as an object's ETag."""
+    return f"{info.st_mtime_ns:x}-{info.st_size:x}"
+
+
+class Folder:
+    """A folder that results are written to: a local one or an s3:// prefix, which need not be there yet.
+
+    Names are relative, with forward slashes; those of files begin with no dot. Where a file cannot be read or
+    written a UserError says so: exit code 2 where access is denied or there is no such bucket, 1 where the store does
+    not answer or the disk is full.
+    """
+
+    def __init__(self, uri: str | Path):
+        bucket, path = bucket_and_key(uri)
+        self.uri = path if bucket is None else f"s3://{bucket}/{path}".rstrip("/")
+
+    def place(self, name: str) -> str:
+        """The URI of a file, or its local path."""
+        return f"{self.uri}/{name}"
+
+    def get(self, name: str) -> bytes | None:
+        """The bytes of a file, None where there is none."""
+        with self._said(name, "read"):
+            if not is_remote(self.uri):
+                try:
+                    return Path(self.place(name)).read_bytes()
+                except FileNotFoundError:
+                    return None
+            try:
+                return patiently(lambda: s3_client(1).get_object(**self._address(name))["Body"].read())
+            except ClientError as error:
+                if not is_missing(error):
+                    raise
+                return None
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file, which others see whole or as it was."""
+        with self._said(name, "written"):
+            if is_remote(self.uri):
+                patiently(lambda: s3_client(1).put_object(**self._address(name), Body=data))
+                return
+            with self._part(name, data) as part:
+                os.replace(part, self.place(name))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file unless there is one of that name; whether it was written.
+
+        Of several who do so at a time one is told True, as far as the storage can tell them apart. One whose answer
+        was lost is told False though the file is its own, so look at what is there.
+        """
+        with self._said(name, "written"):
+            return self._create_object(name, data) if is_remote(self.uri) else self._create_file(name, data)
+
+    def names(self, prefix: str) -> list[str]:
+        """The sorted names of the files in one folder that begin so: "0001/commit-", or "0001/" for all in it."""
+        with self._said(prefix, "listed"):
+            if not is_remote(self.uri):
+                place, _, start = prefix.rpartition("/")
+                try:
+                    with os.scandir(self.place(place)) as entries:
+                        found = [e.name for e in entries if e.name.startswith(start or "") and e.is_file()]
+                except FileNotFoundError:
+                    return []
+                return sorted(posixpath.join(place, name) for name in found if not name.startswith("."))
+            address, above = self._address(prefix), len(self._address("")["Key"])
+            found, page = [], {}
+            while page.get("IsTruncated", True):
+                page = list_page(address["Bucket"], address["Key"], page.get("NextContinuationToken"), "/")
+                found += [entry["Key"][above:] for entry in page.get("Contents", ())]
+            return sorted(found)
+
+    def delete(self, name: str) -> None:
+        """Remove a file, if there is one."""
+        with self._said(name, "deleted"):
+            if is_remote(self.uri):
+                patiently(lambda: s3_client(1).delete_object(**self._address(name)))
+            else:
+                Path(self.place(name)).unlink(missing_ok=True)
+
+    def _address(self, name: str) -> dict[str, str]:
+        bucket, key = bucket_and_key(self.place(name))
+        return {"Bucket": bucket, "Key": key}
+
+    @contextmanager
+    def _said(self, name: str, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (BotoCoreError, ClientError, OSError) as error:
+            raise not_done(self.place(name), what, error) from error
+
+    @contextmanager
+    def _part(self, name: str, data: bytes) -> Iterator[str]:
+        """A file of these bytes beside the one that it is to become."""
+        place = Path(self.place(name))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+        try:
+            with part.open("wb") as file:
+                _write(file, data)
+            yield str(part)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _create_file(self, name: str, data: bytes) -> bool:
+        with self._part(name, data) as part:
+            try:
+                os.link(part, self.place(name))
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+            else:
+                return True
+        try:
+            opened = os.open(self.place(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        try:  # a kill here leaves half a file; there is no better way where a file has but one name
+            with os.fdopen(opened, "wb") as file:
+                _write(file, data)
+        except BaseException:
+            self.delete(name)
+            raise
+        return True
+
+    def _create_object(self, name: str, data: bytes) -> bool:
+        address = self._address(name)
+        try:
+            patiently(lambda: s3_client(1).put_object(**address, Body=data, IfNoneMatch="*"))
+            return True
+        except ClientError as error:
+            if _status(error) in (409, 412):
+                return False
+            if _status(error) not in (400, 501):
+                raise
+        # A store that does not know the condition. Two may write at once then, each the whole file.
+        try:
+            patiently(lambda: s3_client(1).head_object(**address))
+            return False
+        except ClientError as error:
+            if not is_missing(error):
+                raise
+        patiently(lambda: s3_client(1).put_object(**address, Body=data))
+        return True
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def list_page(
+    bucket: str, prefix: str, token: str | None = None, delimiter: str = "", attempts: int = WORKING
+) -> dict[str, Any]:
+    """One answer of ListObjectsV2: up to 1,000 keys that begin so; token: the NextContinuationToken of the last one."""
+    more = {"ContinuationToken": token} if token else {}
+    ask = partial(s3_client(1).list_objects_v2, Bucket=bucket, Prefix=prefix, Delimiter=delimiter, **more)
+    return patiently(ask, attempts)
+
+
+def patiently(ask: Callable[[], T], attempts: int = WORKING) -> T:
+    """What ask() returns, asked again after ever longer pauses while S3 is busy or away.
+
+    boto3's own retries end where the body of an answer begins, and share what they may use up among all threads of a
+    process: after 35 of them a store that is away for seconds is given up. So ask() does without (`s3_client(1)`).
+    """
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+    pauses = wait_random_exponential(multiplier=0.5, max=20)  # seconds; three quarters of a minute in all
+    stop = stop_after_attempt(attempts)
+    return Retrying(retry=retry_if_exception(is_transient), stop=stop, wait=pauses, reraise=True)(ask)
+
+
+@lru_cache(maxsize=8)
+def s3_client(attempts: int = ASKING):
+    """This process's boto3 client of S3, which its threads share; attempts: how often each request is tried."""
+    import boto3
+    from botocore.config import Config
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    retries = {"mode": "standard", "total_max_attempts": attempts}
+    config = Config(connect_timeout=10, read_timeout=60, retries=retries, max_pool_connections=CONNECTIONS)
+    try:
+        return boto3.session.Session().client(  # with the endpoint told, the bucket stands in the path
+            "s3", endpoint_url=endpoint, region_name=region or ("us-east-1" if endpoint else None), config=config
+        )
+    except ValueError as error:
+        raise UserError("AWS_ENDPOINT_URL is no address; write one such as https://s3.example.org.", 2) from error
+
+
+if hasattr(os, "register_at_fork"):  # a connection is of one process
+    os.register_at_fork(after_in_child=s3_client.cache_clear)
+
+
 def from_task(error: Exception) -> UserError | None:
     """The UserError by which a Ray task ended, which is in the text of Ray's error only."""
     causes = re.findall(r"UserError: (.+)$", str(error), re.MULTILINE)
     return UserError(f"{causes[-1].rstrip('.')}; what was done is kept, so run it again.") if causes else None
 
 
-def explain(error: OSError) -> str:
-    """What an error of a file system means, in a sentence."""
+def not_done(uri: str | Path, what: str, error: Exception) -> UserError:
+    """That a file cannot be `what` (read, written, listed), and why: exit code 2 where somebody must let us."""
+    may_not = is_denied(error) or isinstance(error, (NoCredentialsError, PartialCredentialsError, ParamValidationError))
+    return UserError(f"{uri} cannot be {what}: {explain(error)}", 2 if may_not or _code(error) == "NoSuchBucket" else 1)
+
+
+def explain(error: Exception) -> str:
+    """What an error of a file system or of S3 means, in a sentence."""
     text = " ".join(str(error).split())
     if is_denied(error):
         return "access is denied; check who may read it (on S3, the AWS_* variables)."
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
         return "there is no such bucket."
-    if "NETWORK_CONNECTION" in text or "curlCode" in text:
+    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+        return "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+    if isinstance(error, ParamValidationError):
+        return "its bucket's name or its own is not one that S3 takes."
+    if isinstance(error, ClientError):
+        if is_transient(error):
+            return f"the object store is busy or broken ({_code(error)}); try again later."
+        return f"the object store says {_code(error)} ({error.response['Error'].get('Message', '').rstrip('.')})."
+    if "NETWORK_CONNECTION" in text or "curlCode" in text or isinstance(error, AWAY):
         return "the object store does not answer; check AWS_ENDPOINT_URL and the network."
     return text.rstrip(".") + "."
 
 
-def is_denied(error: OSError) -> bool:
+def is_denied(error: Exception) -> bool:
     """Whether the error says that the file or bucket is there, but not for us."""
+    if isinstance(error, ClientError):
+        archived = _code(error) == "InvalidObjectState"  # 403, but nobody may read it before it is restored
+        return (_status(error) in (401, 403) and not archived) or _code(error) in ("ExpiredToken", "InvalidToken")
     text = str(error)
     return isinstance(error, PermissionError) or any(
         mark in text for mark in ("ACCESS_DENIED", "AccessDenied", "HTTP status 403", "HTTP status 401")
     )
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether S3 says that there is no such file."""
+    return _code(error) in ("NoSuchKey", "404")  # the latter where an answer has no body, as to HEAD
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether S3 may answer the same request otherwise in a while."""
+    if isinstance(error, ClientError):
+        status = _status(error)
+        return status in (408, 409, 429) or (status >= 500 and status != 501) or _code(error) == "RequestTimeout"
+    return isinstance(error, (*AWAY, IncompleteReadError, FlexibleChecksumError)) and not isinstance(error, SSLError)
+
+
+def _code(error: Exception) -> str:
+    """What S3 calls an error; of an answer without a body its HTTP status."""
+    return error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
+
+
+def _status(error: ClientError) -> int:
+    return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
 @lru_cache(maxsize=8)
