@@ -8,9 +8,7 @@ manifest comes last, and readers read only what it names.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import posixpath
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.coco import IMAGE_EXTENSIONS, image_place
-from pipelines.json_stream import JsonObject, NotAnObject
+from pipelines import listing
+from pipelines.listing import Image
 from pipelines.progress import progress
 from pipelines.settings import RunSettings, UserError, digest
 from pipelines.stage import read_json, write_json
-from pipelines.storage import filesystem, from_task, is_remote, join, kind, list_files, read_file
+from pipelines.storage import from_task, read_file
 
 CHUNK = 256  # images per part file
 READERS = 8  # images read or decoded at a time by one process
@@ -51,35 +48,8 @@ DETECTIONS = pa.schema(
 
 
 def list_images(input: str | Path, settings: RunSettings) -> list[dict[str, Any]]:
-    """The images of an input -> [{"key", "uri", "etag", "size"}, ...], in order of key, each once.
-
-    input: a local folder or s3:// prefix (everything below it with an image's extension), one image, a
-    text file with a name per line relative to its folder, or a COCO JSON (names relative to
-    `data.images` beside it); all of them local or on S3. key: the name relative to the folder. etag: changes when
-    the file does. A listed name without a file stays in the list, with size 0. Raises UserError (exit code 2) if
-    there is nothing, or a listed name leaves its folder or comes twice.
-    """
-    fs, path = filesystem(input)
-    extension = posixpath.splitext(path)[1].lower()
-    if fs.get_file_info(path).type == pafs.FileType.Directory:
-        found = list_files(input, recursive=True).items()
-        images = [_entry(n, _uri(fs, info.path), info) for n, info in found if n.lower().endswith(IMAGE_EXTENSIONS)]
-        if not images:
-            raise UserError(f"There is no image below {input} (looked for {', '.join(IMAGE_EXTENSIONS)}).", 2)
-    elif extension in IMAGE_EXTENSIONS:
-        images = [_entry(posixpath.basename(path), _uri(fs, path), fs.get_file_info(path))]
-    elif extension in (".json", ".txt", ".lst"):
-        listed = _uri(fs, path)
-        folder = posixpath.dirname(listed)
-        if extension == ".json":
-            images = _listed(listed, join(folder, settings.data.images), _coco_names(listed))
-        else:
-            images = _listed(listed, folder, _lines(listed))
-    else:
-        raise UserError(
-            f"{input} is no folder, image, list of names (.txt) or COCO file (.json); give one of these.", 2
-        )
-    return sorted(images, key=lambda image: image["key"])
+    """`listing.list_images` -> [{"key", "uri", "etag", "size"}, ...]."""
+    return [dict(zip(Image._fields[:4], image, strict=False)) for image in listing.list_images(input, settings)]
 
 
 def predict(
@@ -302,81 +272,6 @@ def _read(row: dict[str, Any]) -> tuple[bytes | None, str | None]:
     if reason is None and len(data) != row["size"]:
         return None, "it changed after it was listed"
     return data, reason
-
-
-def _entry(key: str, uri: str, info: pafs.FileInfo) -> dict[str, Any]:
-    there = info.type == pafs.FileType.File
-    return {
-        "key": key,
-        "uri": uri,
-        "etag": f"{info.mtime_ns:x}-{info.size:x}" if there else "",
-        "size": info.size if there else 0,
-    }
-
-
-def _uri(fs: pafs.FileSystem, path: str) -> str:
-    return f"s3://{path}" if fs.type_name == "s3" else path
-
-
-def _lines(path: str) -> list[tuple[str, str]]:
-    """(where, name) of every line that is not empty."""
-    fs, place = filesystem(path)
-    try:
-        with fs.open_input_stream(place) as file:
-            lines = file.read().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file with a name per line (it is not UTF-8).", 2) from error
-    return [(f"line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _coco_names(path: str) -> list[tuple[str, str]]:
-    """(where, file_name) of every image of a COCO file; annotations need not be there."""
-    fs, place = filesystem(path)
-    names = None
-    try:
-        with fs.open_input_stream(place) as file:
-            for key, records in JsonObject(file).members():
-                if key != "images" or not isinstance(records, Iterator):
-                    continue
-                names = []
-                for number, record in enumerate(records):
-                    name = record.get("file_name") if isinstance(record, dict) else None
-                    if not isinstance(name, str):
-                        raise UserError(f"{path}: images[{number}] has no file_name.", 2)
-                    names.append((f"images[{number}]", name))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", 2) from error
-    except NotAnObject:
-        names = None
-    if names is None:
-        raise UserError(f"{path} is not a COCO file: it has no list `images`.", 2)
-    return names
-
-
-def _listed(path: str, root: str, names: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Entries for names relative to root; UserError says which one leaves it or comes twice."""
-    if kind(root) != pafs.FileType.Directory:
-        raise UserError(f"{path} names images in {root}, but there is no such folder.", 2)
-    remote = list_files(root, recursive=True) if is_remote(root) else None  # one by one would take long
-    first: dict[str, str] = {}
-    images = []
-    for where, name in names:
-        try:
-            file = image_place(root, name)
-        except ValueError as error:
-            raise UserError(f"{path}, {where}: {name!r} {error}.", 2) from error
-        key = posixpath.normpath(name)
-        if key in first:
-            raise UserError(f"{path}, {where}: {name!r} was named before ({first[key]}); name it once.", 2)
-        first[key] = where
-        if remote is None:
-            info = pafs.LocalFileSystem().get_file_info(file)
-        else:
-            info = remote.get(key, pafs.FileInfo(file, pafs.FileType.NotFound))
-        images.append(_entry(key, file, info))
-    if not images:
-        raise UserError(f"{path} names no image.", 2)
-    return images
 
 
 def _part(folder: Path, number: int) -> Path:
