@@ -47,7 +47,7 @@ from pipelines.storage import (
 
 LISTERS, LOOKERS = 8, 16  # threads: prefixes listed side by side, and listed names looked at
 BATCH = 1024  # names looked at together; images between two words on progress
-CACHE = 32 * 1024  # KiB of the listing in memory
+CACHE = 8 * 1024  # KiB of the listing in memory
 TABLES = (".csv", ".parquet")
 COLUMNS = ("uri", "path", "image", "file_name", "image_key")  # the first of these that is there names the images
 

@@ -458,18 +458,25 @@ def patiently(ask: Callable[[], T], attempts: int = WORKING) -> T:
 
 @lru_cache(maxsize=8)
 def s3_client(attempts: int = ASKING):
-    """This process's boto3 client of S3, which its threads share; attempts: how often each request is tried."""
+    """This process's boto3 client of S3, which its threads share; attempts: how often each request is tried.
+
+    Dates in its answers are texts.
+    """
     import boto3
+    import botocore.session
     from botocore.config import Config
 
+    # Dates stay texts: nobody asks for those of a listing, and to parse them takes longer than all else.
+    session = botocore.session.Session()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     retries = {"mode": "standard", "total_max_attempts": attempts}
     config = Config(connect_timeout=10, read_timeout=60, retries=retries, max_pool_connections=CONNECTIONS)
-    try:
-        return boto3.session.Session().client(  # with the endpoint told, the bucket stands in the path
-            "s3", endpoint_url=endpoint, region_name=region or ("us-east-1" if endpoint else None), config=config
-        )
+    region = region or ("us-east-1" if endpoint else None)
+    make = boto3.session.Session(botocore_session=session).client
+    try:  # buckets stand in the path of an endpoint that is told
+        return make("s3", endpoint_url=endpoint, region_name=region, config=config)
     except ValueError as error:
         raise UserError("AWS_ENDPOINT_URL is no address; write one such as https://s3.example.org.", 2) from error
 
