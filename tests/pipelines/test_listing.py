@@ -273,6 +273,6 @@ def test_a_listing_is_on_disk_without_a_name():
         pytest.skip("no /proc to see open files in")
     with Listing() as listing:
         listing.add((image(f"{n:0999d}") for n in range(20_000)), "here")  # 40 MB
-        opened = [path for path in Path("/proc/self/fd").iterdir() if "etilqs_" in os.path.realpath(path)]  # SQLite's word
+        opened = [path for path in Path("/proc/self/fd").iterdir() if "etilqs_" in os.path.realpath(path)]
         assert sum(path.stat().st_size for path in opened) > 2**24
         assert all(os.path.realpath(path).endswith("(deleted)") for path in opened)

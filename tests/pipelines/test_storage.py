@@ -2,7 +2,12 @@
 
 import http.server
 import os
+import pickle
+import subprocess
+import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pyarrow.fs as pafs
@@ -10,24 +15,46 @@ import pytest
 
 from pipelines import storage
 from pipelines.settings import UserError
-from pipelines.storage import ASKING, _s3, fetch, filesystem, from_task, join, kind, list_files, read_file
+from pipelines.storage import (
+    ASKING,
+    WORKING,
+    Folder,
+    _s3,
+    etag_of,
+    fetch,
+    filesystem,
+    from_task,
+    join,
+    kind,
+    list_files,
+    read_file,
+    read_listed,
+    s3_client,
+)
 
 
 @contextmanager
 def s3_server(answer):
-    """A server on loopback; answer(path) gives (status, body)."""
+    """A server on loopback; answer(request) gives (status, body), or (status, body, headers of its own)."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # which says "continue" to who asks before a body is sent
+
         def do_GET(self):
-            status, body = answer(self.path)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, body, *headers = answer(self)
+            own = dict(*headers)
             self.send_response(status)
             self.send_header("Content-Type", "application/xml")
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Connection", "close")
+            self.send_header("Content-Length", own.pop("Content-Length", str(len(body))))
+            for name, value in own.items():
+                self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_HEAD = do_GET
+        do_HEAD = do_PUT = do_GET
 
         def log_message(self, *args):
             pass
@@ -49,9 +76,19 @@ def serve(monkeypatch):
             monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
             monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
             _s3.cache_clear()
+            s3_client.cache_clear()
 
         yield start
         _s3.cache_clear()
+        s3_client.cache_clear()
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The seconds that would have been waited."""
+    seconds = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
 
 
 def error(code):
@@ -81,7 +118,8 @@ def test_what_is_not_there_is_said(uri, words):
 
 
 def test_a_bucket_that_is_missing_or_closed_is_said(serve):
-    serve(lambda path: (403, error(b"AccessDenied")) if path.startswith("/closed") else (404, error(b"NoSuchBucket")))
+    denied, missing = (403, error(b"AccessDenied")), (404, error(b"NoSuchBucket"))
+    serve(lambda request: denied if request.path.startswith("/closed") else missing)
     with pytest.raises(UserError, match="access is denied") as found:
         filesystem("s3://closed/images")
     assert found.value.exit_code == 2
@@ -92,8 +130,8 @@ def test_a_bucket_that_is_missing_or_closed_is_said(serve):
 def test_a_store_that_is_busy_for_a_while_is_waited_for(serve):
     asked = []
 
-    def answer(path):
-        asked.append(path)
+    def answer(request):
+        asked.append(request.path)
         return (503, error(b"SlowDown")) if len(asked) <= ASKING else (200, b"picture")
 
     serve(answer)
@@ -185,3 +223,217 @@ def test_a_file_that_cannot_be_read_has_a_reason(tmp_path):
     assert read_file(tmp_path / "a", 4) == (None, "the file is larger than 0 MiB")
     assert read_file(tmp_path / "none") == (None, "there is no such file")
     assert read_file(tmp_path / "pipe")[1] == read_file(tmp_path)[1] == "it is not a file"
+
+
+# --- files that were listed
+
+
+def test_a_local_file_is_read_if_it_is_as_listed(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    (tmp_path / "b").write_bytes(b"")
+    etag = etag_of(path.stat())
+    assert read_listed(str(path), etag, 5) == read_listed(path.as_uri(), etag, 5) == (b"12345", None)
+    assert read_listed(str(tmp_path / "b"), etag_of((tmp_path / "b").stat()), 0) == (b"", None)
+    changed = (None, "it changed after it was listed")
+    os.utime(path, ns=(1, 1))
+    assert etag_of(path.stat()) != etag and read_listed(str(path), etag, 5) == changed
+    assert read_listed(str(path), "", 0) == changed  # it came
+    path.unlink()
+    assert read_listed(str(path), etag, 5) == read_listed(str(path), "", 0) == (None, "there is no such file")
+    os.mkfifo(path)
+    assert read_listed(str(path), etag, 5) == read_listed(str(tmp_path), "", 0) == (None, "it is not a file")
+
+
+def test_a_local_file_that_we_may_not_read_has_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"1")
+
+    def refuse(*args, **kwargs):  # root, as whom tests may run, is refused nothing
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert read_listed(str(tmp_path / "a"), "x", 1) == (None, "access to it is denied")
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(serve, pauses):
+    whole, asked = (200, b"picture", {"ETag": '"e1"'}), []
+
+    def answer(request):
+        asked.append(request.path)
+        cut = (200, b"pict", {"ETag": '"e1"', "Content-Length": "7"})
+        return {1: cut, 2: (503, error(b"SlowDown")), 3: cut}.get(len(asked), whole)
+
+    serve(answer)
+    assert read_listed("s3://bucket/a//b \u00fc%.jpg", "e1", 7) == (b"picture", None)
+    assert asked == ["/bucket/a//b%20%C3%BC%25.jpg"] * 4 and len(pauses) == 3
+    assert read_listed("s3://bucket/a.jpg", "e0", 7) == (None, "it changed after it was listed")
+
+
+@pytest.mark.parametrize(
+    "status, code, reason",
+    [
+        (404, b"NoSuchKey", "there is no such file"),
+        (404, b"NoSuchBucket", "there is no such bucket"),
+        (403, b"AccessDenied", "access to it is denied"),
+        (403, b"InvalidAccessKeyId", "access to it is denied"),
+        (400, b"ExpiredToken", "access to it is denied"),
+        (403, b"InvalidObjectState", "the object store says InvalidObjectState (no)"),
+    ],
+)
+def test_what_a_store_refuses_is_the_reason_at_once(serve, pauses, status, code, reason):
+    serve(lambda request: (status, error(code)))
+    assert read_listed("s3://bucket/a.jpg", "e1", 7) == (None, reason) and not pauses
+    assert read_listed("s3://No Bucket/a.jpg", "e1", 7)[1] == "its bucket's name or its own is not one that S3 takes"
+
+
+def test_a_store_that_stays_away_ends_the_work(serve, pauses):
+    asked = []
+
+    def answer(request):
+        asked.append(request.path)
+        return 503, error(b"SlowDown")
+
+    serve(answer)
+    with pytest.raises(UserError, match=r"s3://bucket/a.jpg cannot be read: .*busy or broken \(SlowDown\)") as found:
+        read_listed("s3://bucket/a.jpg", "e1", 7)
+    assert found.value.exit_code == 1 and len(asked) == WORKING
+    assert len(pauses) == WORKING - 1 and max(pauses) <= 20 and sum(pauses) > 5
+    with pytest.raises(UserError, match="busy or broken") as found:
+        Folder("s3://bucket/out").put("a", b"1")
+    assert found.value.exit_code == 1 and len(asked) == 2 * WORKING
+
+
+def test_what_is_amiss_with_the_variables_is_said(serve, monkeypatch, pauses):
+    serve(lambda request: (403, error(b"SignatureDoesNotMatch")))
+    folder = Folder("s3://bucket/out")
+    for ask in (lambda: folder.get("a"), lambda: folder.create("a", b""), lambda: folder.names("")):
+        with pytest.raises(UserError, match="access is denied; check") as found:
+            ask()
+        assert found.value.exit_code == 2 and "secret" not in str(found.value)
+    serve(lambda request: (404, error(b"NoSuchBucket")))
+    for ask in (lambda: folder.put("a", b""), lambda: folder.names(""), lambda: folder.get("a")):
+        with pytest.raises(UserError, match=r"s3://bucket/out/a? ?cannot be .*: there is no such bucket") as found:
+            ask()
+        assert found.value.exit_code == 2
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3_client.cache_clear()
+    for ask in (lambda: folder.get("a"), lambda: read_listed("s3://bucket/a", "e", 1)):
+        with pytest.raises(UserError, match="there are no credentials; set AWS_ACCESS_KEY_ID") as found:
+            ask()
+        assert found.value.exit_code == 2
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "no address")
+    s3_client.cache_clear()
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL is no address") as found:
+        folder.get("a")
+    assert not pauses
+
+
+# --- folders that are written to
+
+
+def test_a_local_folder_is_made_when_it_is_written_to(tmp_path):
+    folder = Folder(tmp_path / "new" / "er")
+    assert folder.get("0001/a") is None and folder.names("0001/") == [] and not (tmp_path / "new").exists()
+    folder.put("0001/part-b", b"b")
+    folder.put("0001/part-a", b"a")
+    folder.put("0001/part-a", b"aa")
+    folder.put("0001/other", b"")
+    folder.put("0001/deep/part-c", b"c")
+    assert folder.get("0001/part-a") == b"aa" and folder.get("0001/other") == b""
+    assert folder.names("0001/part-") == ["0001/part-a", "0001/part-b"]
+    assert folder.names("0001/") == ["0001/other", "0001/part-a", "0001/part-b"] and folder.names("") == []
+    folder.delete("0001/part-b")
+    folder.delete("0001/part-b")
+    assert folder.names("0001/part-") == ["0001/part-a"]
+    same = pickle.loads(pickle.dumps(Folder((tmp_path / "new" / "er").as_uri())))
+    assert same.uri == folder.uri == str(tmp_path / "new" / "er") and same.get("0001/part-a") == b"aa"
+    assert same.place("0001/part-a") == str(tmp_path / "new" / "er" / "0001" / "part-a")
+    assert Folder("s3://bucket/out/").place("a/b") == "s3://bucket/out/a/b" and Folder("s3://bucket").uri == "s3://bucket"
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    folder = Folder(tmp_path)
+    folder.put("a", b"old")
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (folder.put, folder.create):
+        with pytest.raises(UserError, match=f"{tmp_path}/a cannot be written: .*No space left") as found:
+            write("a", b"new")
+        assert found.value.exit_code == 1 and "\n" not in str(found.value)
+    assert folder.get("a") == b"old" and os.listdir(tmp_path) == ["a"]
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+    with pytest.raises(UserError, match="No space left"):
+        folder.create("b", b"new")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from pipelines.storage import Folder
+
+folder, me = Folder(sys.argv[1]), sys.argv[2].encode() * 100_000
+folder.put(f"ready/{sys.argv[2]}", b"")
+while len(folder.names("ready/")) < 8:
+    time.sleep(0.01)
+print(sum(folder.create(f"race/{number:02d}", me) for number in range(40)))
+"""
+
+
+def test_of_eight_processes_that_create_a_file_one_does(tmp_path):
+    command = [sys.executable, "-c", RACE, str(tmp_path)]
+    racers = [subprocess.Popen([*command, str(at)], stdout=subprocess.PIPE, text=True) for at in range(8)]
+    won = [int(racer.communicate(timeout=120)[0]) for racer in racers]
+    folder = Folder(tmp_path)
+    written = [folder.get(name) for name in folder.names("race/")]
+    assert sum(won) == len(written) == 40 == len(os.listdir(tmp_path / "race"))
+    assert [sum(data == str(at).encode() * 100_000 for data in written) for at in range(8)] == won
+
+
+def test_where_files_have_but_one_name_one_of_many_creates_it(tmp_path, monkeypatch):
+    def no_links(source, target):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    folder = Folder(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(10):
+            won = list(pool.map(lambda me, name: folder.create(name, b"%d" % me), range(8), [str(number)] * 8))
+            assert sum(won) == 1 and folder.get(str(number)) == b"%d" % won.index(True)
+    assert len(os.listdir(tmp_path)) == 10
+
+
+@pytest.mark.parametrize("status, there", [(501, False), (501, True), (400, False), (400, True)])
+def test_a_store_that_knows_no_condition_is_looked_into_first(serve, status, there):
+    asked = []
+
+    def answer(request):
+        conditional = "If-None-Match" in request.headers
+        asked.append((request.command, conditional))
+        if request.command == "HEAD":
+            return (200 if there else 404), b""
+        return (status, error(b"NotImplemented")) if conditional else (200, b"", {"ETag": '"e"'})
+
+    serve(answer)
+    assert Folder("s3://bucket/out").create("a", b"1") is not there
+    assert asked == [("PUT", True), ("HEAD", False), ("PUT", False)][: 2 if there else 3]
+
+
+def test_a_store_that_knows_the_condition_decides(serve, pauses):
+    answers = [(412, error(b"PreconditionFailed"))]
+    serve(lambda request: answers.pop(0))
+    folder = Folder("s3://bucket/out")
+    assert folder.create("a", b"1") is False
+    answers += [(409, error(b"ConditionalRequestConflict")), (200, b"", {"ETag": '"e"'})]
+    assert folder.create("a", b"1") is True and not answers
+    answers += [(503, error(b"SlowDown")), (412, error(b"PreconditionFailed"))]  # the first one's answer was lost
+    assert folder.create("a", b"1") is False and not answers
+    answers += [(409, error(b"ConditionalRequestConflict"))] * WORKING
+    assert folder.create("a", b"1") is False and not answers
