@@ -72,9 +72,10 @@ class DETR(nn.Module):
         """images [B, 3, H, W] normalised, mask [B, H, W] bool, true where padded.
 
         Returns `pred_logits` [B, Q, num_classes (+ 1 with softmax)], `pred_boxes` [B, Q, 4] as cxcywh in
-        0..1 of the unpadded image, `aux_outputs`: the same of each earlier layer (aux_loss), and with
-        denoising queries `denoising`: the same of all layers for them, [L, B, P, ...]. With two_stage
-        `proposals`: the same of every cell of a map, [B, N, ...].
+        0..1 of the unpadded image, `aux_outputs`: the same of each earlier layer (aux_loss; without it the heads
+        compute the last layer alone, as far as no anchor needs the others), and with denoising queries
+        `denoising`: the same of all layers for them, [L, B, P, ...]. With two_stage `proposals`: the same of every
+        cell of a map, [B, N, ...].
         """
         return self.detect(self.backbone[0](images), mask, denoising)[0]
 
@@ -99,6 +100,9 @@ class DETR(nn.Module):
             hs, boxes, proposed = self.decoder(pyramid, self.bbox_embed, denoising)
         else:
             hs = self.transformer.decode(memory, pos, key_mask, self.query_embed.weight)
+        if not self.config.aux_loss and denoising is None:  # denoising queries learn in all layers
+            hs = hs[-1:]
+        if not anchors:
             boxes = self.bbox_embed(hs).sigmoid()
         logits = self.class_embed(hs)
         out: Outputs = {}
