@@ -7,21 +7,30 @@ import click
 
 from jobs.common import job, ray_session, read_image
 
+SHOWN = 8  # classes and reasons in what is printed
+
 
 @click.option("--input", "given", metavar="INPUT", help="The same as the argument INPUT.")
 @click.option("--model", metavar="models:/NAME@champion|FOLDER", help="By default the champion for this dataset.")
+@click.option("--output", metavar="FOLDER|s3://...", help="Where the table goes; by default into the store. With "
+              "--show the picture, by default NAME.detections.png here.")  # fmt: skip
+@click.option("--column", metavar="NAME", help="Of a CSV or Parquet INPUT: the column that names the images.")
+@click.option("--coco", metavar="FILE", help="Write the detections as COCO's results JSON, too.")
+@click.option("--save-images", type=click.IntRange(1), metavar="N", help="Draw the detections on N of the images, too.")
 @click.option("--show", is_flag=True, help="INPUT is one image: write it with its detections drawn, without Ray.")
-@click.option("--output", metavar="FILE", help="The picture --show writes; by default NAME.detections.png here.")
-@job("detr predict path/to/images --model models:/sample@champion", takes_input=True)
+@job("detr predict s3://bucket/photos --model models:/sample@champion --output s3://bucket/found", takes_input=True)
 def main(
-    settings, store: Path, inputs: list[str], given: str | None, model: str | None, show: bool, output: str | None
-) -> dict:
+    settings, store: Path, inputs: list[str], given: str | None, model: str | None, output: str | None,
+    column: str | None, coco: str | None, save_images: int | None, show: bool,
+) -> dict:  # fmt: skip
     """Run a model over INPUT and write a Parquet table of detections, or show them on one image.
 
-    INPUT is an image, a folder, an s3:// prefix, a text file of names, or a COCO file whose images are meant.
+    INPUT is an image, a folder, an s3:// prefix, a text file of names, a CSV or Parquet file with a column of URIs, or
+    a COCO file whose images are meant. What an output has already is not done again: stopped, the same command goes
+    on; later, it takes the new images alone.
     """
     from pipelines.settings import UserError
-    from pipelines.workflow import find_model
+    from pipelines.workflow import find_model, predict_stage
 
     named = [*inputs, *([given] if given else [])]
     if len(named) != 1:
@@ -29,19 +38,64 @@ def main(
     images = named[0]
     if show:
         return _show(settings, store, Path(images), model, output)
-    from pipelines.predict import list_images
-    from pipelines.workflow import predict_stage
-
-    list_images(images, settings)  # what is wrong is said before Ray starts
     checkpoint, name, version = find_model(settings, store, model)
-    with ray_session(settings):
-        record = predict_stage(settings, store, images, checkpoint, name, version)
-    result = record["result"]
-    text = (
-        f"{result['ok']} of {result['images']} images, {sum(result['detections'].values())} detections, "
-        f"{result['rejected']} rejected: {record['folder']}"
+    record = predict_stage(
+        settings, store, images, checkpoint, name, version, output, column, lambda: ray_session(settings)
     )
-    return {**result, "folder": record["folder"], "reused": record["reused"], "text": text}
+    result = record["result"]
+    files = _files(settings, images, column, checkpoint, result["folder"], coco, save_images)
+    return {
+        **result, **files, "record": record["folder"], "reused": record["reused"],
+        "text": "\n".join([*_summary(settings, result), *(place for places in files.values() for place in places)]),
+    }  # fmt: skip
+
+
+def _summary(settings, result: dict) -> list[str]:
+    """What came of it, for people."""
+    from pipelines.progress import duration
+
+    new = result["new"]
+    lines = [
+        f"{result['ok']:,} of {result['images']:,} images, {sum(result['detections'].values()):,} detections, "
+        f"{result['rejected']:,} rejected: {result['folder']}"
+    ]
+    if result["reused_images"]:
+        lines.append(f"{new['images']:,} of them new, {result['reused_images']:,} from before.")
+    found = sorted(result["detections"].items(), key=lambda one: -one[1])
+    lines += [f"  {number:,} {name}" for name, number in found[:SHOWN]]
+    if len(found) > SHOWN:
+        lines.append(f"  and {len(found) - SHOWN} more classes")
+    reasons = list(result["rejects"].items())
+    lines += [f"  rejected: {number:,} because {reason}" for reason, number in reasons[:SHOWN]]
+    if len(reasons) > SHOWN:
+        lines.append(f"  and for {len(reasons) - SHOWN} more reasons")
+    if new["images"] and result["images_per_second"]:
+        cost = result["cost_per_1000_images"]
+        lines.append(f"{result['images_per_second']:,} images/s, {duration(result['seconds'])} in all" + (
+            f", {cost:,} for 1,000 images" if cost else ""))  # fmt: skip
+    drift = result.get("drift")
+    if drift:
+        lines += drift["words"] or [f"Scores and classes are as in the run of {drift['since'][:16]}."]
+    return lines
+
+
+def _files(settings, images: str, column: str | None, checkpoint: Path, folder: str, coco, number) -> dict:
+    """What was asked for beside the table."""
+    from pipelines.listing import list_images
+    from pipelines.results import save_pictures, write_coco
+    from pipelines.stage import read_json
+
+    files, categories = {}, read_json(checkpoint / "config.json")["categories"]
+    if coco:
+        ids = None
+        if images.lower().endswith(".json"):
+            ids = {image.key: image.image_id for image in list_images(images, settings, column)}
+        named = write_coco(folder, Path(coco), categories, ids)
+        files["coco"] = [str(path) for path in (coco, named) if path]
+    if number:
+        classes = [category["name"] for category in categories]
+        files["pictures"] = save_pictures(folder, number, settings.predict.max_pixels, classes)
+    return files
 
 
 def _show(settings, store: Path, path: Path, model: str | None, output: str | None) -> dict:

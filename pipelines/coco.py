@@ -32,7 +32,7 @@ from pipelines.settings import IngestSettings, UserError
 from pipelines.storage import explain, is_remote, kind, locate, read_file
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".ppm", ".jp2", ".avif",
-                    ".tga")  # fmt: skip
+                    ".tga", ".mpo")  # fmt: skip
 LARGEST_ID = 2**63 - 1
 LARGEST_SIDE = 2**31 - 1
 CROWD = "crowd"  # the reason that is no fault

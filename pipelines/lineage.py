@@ -100,8 +100,7 @@ class _Graph:
         for version in versions:
             self._add_version(version)
         for record in _records(store, "predict"):
-            if (Path(record["folder"]) / "manifest.json").is_file():
-                self._add_table(Path(record["folder"]), record["finished"])
+            self._add_table(Path(record["folder"]), record)
 
     def find(self, what: str) -> Key:
         """The node that is meant; UserError if there is none, or more than one."""
@@ -201,19 +200,20 @@ class _Graph:
         if dataset and ("dataset", dataset) not in known:  # the data that it was measured on
             self._link(self._dataset(dataset), made)
 
-    def _add_table(self, folder: Path, when: str | None) -> Key:
-        manifest = read_json(folder / "manifest.json")
-        name, number = manifest["model"]["name"], str(manifest["model"]["version"])
-        facts = {"model": name, "version": number, "weights": manifest["weights_sha256"], "images": manifest["images"],
-                 "detections": sum(manifest["detections"].values()), "when": when}  # fmt: skip
+    def _add_table(self, folder: Path, record: dict[str, Any]) -> Key:
+        (name, number), weights = record["inputs"]["model"], record["inputs"]["weights"]
+        result = record["result"]
+        facts = {"model": name, "version": number, "weights": weights, "images": result["images"],
+                 "detections": sum(result["detections"].values()), "when": record["finished"],
+                 "place": result["folder"]}  # fmt: skip
         version = ("version", f"models:/{name}/{number}")
-        same = version in self.nodes and self.nodes[version]["weights"] == manifest["weights_sha256"]
+        same = version in self.nodes and self.nodes[version]["weights"] == weights
         if not same and number.isdecimal():
             lacks = f"MLflow at {self.mlflow} has no version {number} of {name!r} with the weights that made {folder}."
             facts["unknown"] = lacks
-        weights = self._weights(manifest["weights_sha256"])
+        made_by = self._weights(weights)
         table = self._add("table", str(folder), facts)
-        self._link(version if same else weights, table)
+        self._link(version if same else made_by, table)
         return table
 
     def _version_named(self, uri: str) -> str:
@@ -232,8 +232,15 @@ class _Graph:
     def _found_at(self, folder: Path) -> Key:
         """A folder of the store (or of another), or a checkpoint."""
         folder = folder.resolve()
-        if (folder / "manifest.json").is_file():
-            return self._add_table(folder, None)
+        for (kind, name), facts in self.nodes.items():
+            if kind == "table" and str(folder) in (name, facts["place"]):
+                return kind, name
+        if (folder / "manifest.json").is_file():  # another store's
+            manifest = read_json(folder / "manifest.json")
+            inputs = {"model": [manifest["model"]["name"], str(manifest["model"]["version"])],
+                      "weights": manifest["weights_sha256"]}  # fmt: skip
+            result = {**manifest, "folder": str(folder)}
+            return self._add_table(folder, {"inputs": inputs, "result": result, "finished": None})
         if (folder / "model.safetensors").is_file():
             return self._weights(weights_digest(folder))
         if (folder / "stage.json").is_file():

@@ -1,117 +1,168 @@
 """Batch inference: a folder, list or bucket of images -> a Parquet table of detections, on Ray Data.
 
-The images are listed once, sorted by key and cut into chunks; each chunk becomes one part file that
-appears whole or not at all. An attempt that was killed is continued: parts that are there are kept. The
-manifest comes last, and readers read only what it names.
+One image's way: the listing (pipelines/listing.py) freezes its name, a task of its shard (`read_shard`) fetches and
+decodes it and puts it into a batch of its shape, a model actor (`DetectBatches`) detects, the driver puts the shard's
+rows together and commits them (pipelines/plan.py).
 """
-
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import random
+import socket
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines import listing
-from pipelines.listing import Image
+from pipelines.evaluate import places
+from pipelines.listing import Listing, find_images
+from pipelines.plan import (
+    DETECTIONS,
+    add,
+    claim,
+    commit,
+    commits,
+    counts,
+    finish,
+    freeze,
+    images_of,
+    is_committed,
+    known_images,
+    runs,
+)
 from pipelines.progress import progress
 from pipelines.settings import RunSettings, UserError, digest
-from pipelines.stage import read_json, write_json
-from pipelines.storage import from_task, read_file
+from pipelines.stage import read_json
+from pipelines.storage import Folder, from_task, read_listed
+from pipelines.tiles import merge, tiles
+from pipelines.tracking import Tracker
 
-CHUNK = 256  # images per part file
-READERS = 8  # images read or decoded at a time by one process
+ROWS = 1  # raised by hand when the rows made of the same plan change
+AHEAD, AHEAD_BYTES = 16, 2**28  # images fetched ahead of the one that is decoded, and their size
+MOST_BYTES = 2**30  # of a file
+MOST_HELD = 2**27  # bytes of decoded images that wait for others of their shape
+BLOCK = 2**25  # bytes that go to a model actor at once
+COMMITTERS = 8  # shards that are written at once
 
-DETECTIONS = pa.schema(
+BATCHES = pa.schema(
     [
-        ("image_key", pa.string()),
-        ("etag", pa.string()),
-        ("size", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("status", pa.string()),  # "ok", or why there are no detections
-        ("boxes", pa.list_(pa.list_(pa.float32(), 4))),  # xyxy, pixels of the stored image
-        ("scores", pa.list_(pa.float32())),
-        ("category_ids", pa.list_(pa.int64())),
-        ("category_names", pa.list_(pa.string())),
-        ("model_name", pa.string()),
-        ("model_version", pa.string()),
+        ("shard", pa.int32()),
+        ("batches", pa.int32()),  # of a shard's last row: how many it has; ELSEWHERE where another driver has done it
+        ("status", pa.list_(pa.string())),  # of a shard's last row: of each image, with
+        ("widths", pa.list_(pa.int32())),
+        ("heights", pa.list_(pa.int32())),
+        ("image", pa.list_(pa.int32())),  # of a batch: which images of the shard,
+        ("part", pa.list_(pa.list_(pa.int32(), 4))),  # which part of them (x, y, width, height),
+        ("sizes", pa.list_(pa.list_(pa.int32(), 2))),  # its height and width in the batch,
+        ("shape", pa.list_(pa.int32(), 2)),  # the batch's height and width,
+        ("pixels", pa.large_binary()),  # uint8 [B, 3, height, width]
     ]
 )
-
-
-def list_images(input: str | Path, settings: RunSettings) -> list[dict[str, Any]]:
-    """`listing.list_images` -> [{"key", "uri", "etag", "size"}, ...]."""
-    return [dict(zip(Image._fields[:4], image, strict=False)) for image in listing.list_images(input, settings)]
+FOUND = pa.schema(
+    [
+        *[BATCHES.field(name) for name in ("shard", "batches", "status", "widths", "heights", "image", "part")],
+        ("counts", pa.list_(pa.int32())),  # detections of each part, all of them one after another in
+        ("boxes", pa.list_(pa.float32())),
+        ("scores", pa.list_(pa.float32())),
+        ("labels", pa.list_(pa.int32())),
+    ]
+)
+ELSEWHERE = -1
 
 
 def predict(
-    settings: RunSettings,
-    images: list[dict[str, Any]],
-    checkpoint: Path,
-    model_name: str,
-    model_version: str,
-    folder: Path,
-) -> dict[str, Any]:
-    """Detect on all `images` (from `list_images`); Ray is running.
+    settings: RunSettings, input: str, checkpoint: Path, model_name: str, model_version: str, output: str | Path,
+    column: str | None = None, tracker: Tracker | None = None,
+    session: Callable[[], AbstractContextManager] = nullcontext,
+) -> dict[str, Any]:  # fmt: skip
+    """Detect on all images of `input` (as `find_images` takes it) that `output` does not have yet.
 
-    Writes detections-*.parquet (DETECTIONS, a row per image in order of key; an image that cannot be
-    read has its reason as status) and manifest.json into folder. Returns {"folder", "images", "ok",
-    "rejected", "rejects": {reason: n}, "detections": {category name: n}, "images_per_second",
-    "score_threshold", "score_thresholds" ({category id: its own}), "reused_images"}. Raises UserError when
-    more than `predict.max_reject_fraction` of the images cannot be read; the table is complete then, too.
+    output: a folder, local or on S3, laid out as pipelines/plan.py says, for one input, model and kind of settings.
+    A run that was stopped is gone on with, as it was planned; then the input is listed again. session: what to run
+    Ray in. With a tracker each run is one in MLflow, found again by its plan.
+
+    Returns {"folder", "plan", "runs", and over all runs "images", "ok", "rejected", "rejects": {reason: n},
+    "detections": {category name: n}, "scores": [n in each tenth]; "reused_images" (done before); "new": the same
+    counts of this call's images, "seconds", "images_per_second", "cost_per_1000_images" (None without
+    predict.cost_per_hour); "score_threshold", "score_thresholds", "input_digest", "output_digest", "run_id"}.
+    Raises UserError where there is no image, the output is another plan's, a store does not answer, or more than
+    `predict.max_reject_fraction` of the images cannot be read; what was committed stays.
     """
-    folder = Path(folder)
+    folder = Folder(str(output))
+    recipe = make_recipe(settings, input, column, checkpoint, model_name, model_version)
+    fresh, seconds, done_before, run_id, manifest = add({}, counts(DETECTIONS.empty_table())), 0.0, 0, None, None
+    while True:
+        complete, plan = runs(folder)
+        begun = plan is not None
+        if plan is None:
+            plan = _new_plan(settings, folder, recipe, complete, input, column)
+        if plan is None:
+            break
+        if tracker is not None:
+            run_id = _start_run(tracker, recipe, plan)
+        started = time.monotonic()
+        try:
+            done = commits(folder, plan)
+            done_before += sum(found["images"] for found in done.values())
+            if len(done) < plan["shards"]:
+                with session():
+                    for found in _detect_plan(settings, folder, plan, recipe, checkpoint, done, run_id):
+                        add(fresh, found)
+            manifest = finish(folder, recipe, plan, done)
+        except BaseException as error:
+            if tracker is not None:
+                tracker.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        seconds += time.monotonic() - started
+        if tracker is not None:
+            _end_run(tracker, run_id, manifest, plan, fresh, _speed(settings, fresh["images"], seconds))
+        if not begun:
+            break
+    manifest = manifest or json.loads(folder.get("manifest.json"))
+    shown = ("runs", "images", "ok", "rejected", "rejects", "detections", "scores", "score_threshold",
+             "score_thresholds", "input_digest")  # fmt: skip
+    return {
+        "folder": folder.uri,
+        "plan": manifest["plan"],
+        **{key: manifest[key] for key in shown},
+        "reused_images": manifest["images"] - fresh["images"],
+        "new": {**fresh, "rejected": fresh["images"] - fresh["ok"]},
+        **_speed(settings, fresh["images"], seconds),
+        "output_digest": manifest["output_digest"],
+        "run_id": run_id,
+    }
+
+
+def make_recipe(
+    settings: RunSettings, input: str, column: str | None, checkpoint: Path, model_name: str, model_version: str
+) -> dict[str, Any]:
+    """All that makes the rows of a table, besides the images themselves; JSON-like."""
     config = read_json(Path(checkpoint) / "config.json")
     threshold, of_classes = thresholds(settings, config)
-    images = sorted(images, key=lambda image: image["key"])
-    chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
-    plan = {
-        "format": 1,
-        "images": digest(images, 64),
+    chosen = settings.predict
+    return {
+        "format": 2,
+        "rows": ROWS,
+        "input": str(input) if "://" in str(input) else str(Path(input).expanduser().absolute()),
+        "column": column,
+        "model": {"name": model_name, "version": str(model_version)},
         "weights_sha256": _sha256(Path(checkpoint) / "model.safetensors"),
-        "model": {"name": model_name, "version": model_version},
+        "checkpoint": digest({"model": config["model"], "categories": config["categories"]}),
         "score_threshold": threshold,
         "score_thresholds": of_classes,
-        "max_pixels": settings.predict.max_pixels,
-        "chunk": CHUNK,
-    }
-    _keep_what_fits(folder, plan)
-    todo = [number for number, chunk in enumerate(chunks) if not _is_done(_part(folder, number), chunk)]
-    waiting = [image for number in todo for image in chunks[number]]
-
-    started = time.monotonic()
-    with progress() as bar:
-        task = bar.add_task("predict", total=len(images), completed=len(images) - len(waiting), note="")
-        tables = _detect_all(settings, waiting, checkpoint, plan) if waiting else ()
-        counted = _counted(tables, lambda rows: bar.advance(task, rows))
-        for number, table in zip(todo, _cut(counted, [len(chunks[number]) for number in todo]), strict=True):
-            _write_part(_part(folder, number), table, chunks[number])
-    seconds = time.monotonic() - started
-
-    manifest = _manifest(folder, chunks, plan)
-    write_json(folder / "manifest.json", manifest)
-    rejected, limit = manifest["rejected"], settings.predict.max_reject_fraction
-    if rejected > limit * len(images):
-        reason, count = next(iter(manifest["rejects"].items()))
-        raise UserError(
-            f"{rejected} of {len(images)} images could not be read, more than predict.max_reject_fraction "
-            f"{limit} allows; {count} because {reason} (the other images' detections are in {folder})."
-        )
-    shown = ("images", "ok", "rejected", "rejects", "detections", "score_threshold", "score_thresholds")
-    return {
-        "folder": str(folder),
-        **{key: manifest[key] for key in shown},
-        "images_per_second": round(len(waiting) / seconds, 2) if waiting else None,
-        "reused_images": len(images) - len(waiting),
-    }
+        **{key: getattr(chosen, key) for key in ("max_pixels", "batch_size", "images_per_shard", "precision", "compile",
+                                                 "tile", "tile_overlap")},
+    }  # fmt: skip
 
 
 def thresholds(settings: RunSettings, config: dict[str, Any]) -> tuple[float, dict[str, float]]:
@@ -120,104 +171,221 @@ def thresholds(settings: RunSettings, config: dict[str, Any]) -> tuple[float, di
     return (config["score_threshold"], config.get("score_thresholds") or {}) if asked is None else (asked, {})
 
 
-def detections_of(folder: Path | str) -> pa.Table:
-    """The table (DETECTIONS) a finished prediction left in folder: the parts its manifest names, verified.
+def read_shard(
+    batch: pa.Table, *, folder: Folder, plan: dict[str, Any], model: dict[str, Any], recipe: dict[str, Any]
+) -> Iterator[pa.Table]:
+    """Ray Data task: a shard's number -> its images in batches (BATCHES), and a row with their number and each status.
 
-    Raises UserError if it is not finished or a part is not what was written.
+    A batch is of one shape and of one shard, and which images share it follows from the shard alone.
     """
-    folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder} holds no finished prediction (no manifest.json); run it again.", 2)
-    tables = [DETECTIONS.empty_table()]
-    for part in read_json(folder / "manifest.json")["parts"]:
-        path = folder / part["path"]
-        if not path.is_file() or _sha256(path) != part["sha256"]:
-            raise UserError(f"{path} is not what was written; delete {folder} and predict again.")
-        tables.append(pq.read_table(path, schema=DETECTIONS))
-    return pa.concat_tables(tables)
+    from detr.batch import padded_shape, prepare
+    from detr.config import ModelConfig
+    from detr.transforms import ImageError, decode_image
+
+    config = ModelConfig.model_validate(model)
+    for shard in batch["shard"].to_pylist():
+        if is_committed(folder, plan, shard):  # of several drivers on one plan
+            yield _row(BATCHES, shard=shard, batches=ELSEWHERE)
+            continue
+        waiting: dict[tuple[int, int], list[tuple[int, tuple, Any]]] = {}
+        held = sent = 0
+        status, sizes = [], []
+        for number, (data, reason) in enumerate(_fetched(images_of(folder, plan, shard))):
+            if reason is None:
+                try:
+                    image = decode_image(data, recipe["max_pixels"])
+                except ImageError as error:
+                    reason = str(error)
+            status.append(reason or "ok")
+            sizes.append((0, 0) if reason else image.size)
+            if reason:
+                continue
+            parts = tiles(*image.size, recipe["tile"], recipe["tile_overlap"]) if recipe["tile"] else []
+            for x, y, width, height in [(0, 0, *image.size), *parts]:
+                part = image.crop((x, y, x + width, y + height)) if (width, height) != image.size else image
+                pixels = prepare(part, config)
+                shape = padded_shape(config, width, height)
+                waiting.setdefault(shape, []).append((number, (x, y, width, height), pixels))
+                held += pixels.nbytes
+                full = shape if len(waiting[shape]) == recipe["batch_size"] else None
+                if full is None and held > MOST_HELD:
+                    full = max(waiting, key=lambda one: (len(waiting[one]) * one[0] * one[1], one))
+                if full:
+                    held -= sum(pixels.nbytes for _, _, pixels in waiting[full])
+                    yield _pixels(shard, full, waiting.pop(full))
+                    sent += 1
+        for shape in sorted(waiting):
+            yield _pixels(shard, shape, waiting[shape])
+            sent += 1
+        widths, heights = zip(*sizes, strict=True)
+        yield _row(BATCHES, shard=shard, batches=sent, status=status, widths=widths, heights=heights)
 
 
-class DetectImages:
-    """Ray Data actor: batches of images' bytes -> rows of DETECTIONS."""
+class DetectBatches:
+    """Ray Data actor: batches of images (BATCHES) -> what is found on them (FOUND); sharing: actors of a machine."""
 
-    def __init__(self, checkpoint: str, device: str, actors: int, options: dict[str, Any]):
+    def __init__(self, checkpoint: str, device: str, sharing: int, recipe: dict[str, Any]):
+        import torch
+        from joblib import cpu_count
+
+        from pipelines.detect import Detector, label_thresholds
+
+        torch.set_num_threads(max(1, cpu_count() // sharing))  # Ray tells a worker one
+        self.detector = Detector.load(
+            checkpoint, recipe["batch_size"], device, recipe["precision"], recipe["compile"]
+        )
+        self.least = label_thresholds(self.detector.categories, recipe["score_threshold"], recipe["score_thresholds"])
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        return pa.concat_tables([self.detect(rows.slice(at, 1)) for at in range(len(rows))])
+
+    def detect(self, row: pa.Table) -> pa.Table:
         import torch
 
-        from pipelines.detect import Detector
-
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // actors))  # Ray tells a worker one
-        self.detector = Detector.load(checkpoint, options["batch_size"], device)
-        self.options = options
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return detect_rows(self.detector, batch.to_pylist(), self.options)
-
-
-def read_rows(rows: list[dict[str, Any]]) -> pa.Table:
-    """Images ({"key", "uri", "etag", "size"}) -> the same with `data` (bytes or null) and `error`."""
-    with ThreadPoolExecutor(READERS) as pool:
-        read = list(pool.map(_read, rows))
-    names = {"key": pa.string(), "uri": pa.string(), "etag": pa.string(), "size": pa.int64()}
-    columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in names.items()}
-    columns["data"] = pa.array([data for data, _ in read], pa.large_binary())
-    columns["error"] = pa.array([error for _, error in read], pa.string())
-    return pa.table(columns)
+        known = {name: row[name][0].as_py() for name in BATCHES.names if name != "pixels"}
+        passed = {name: known[name] for name in FOUND.names if name in known}
+        if known["batches"] is not None:
+            return _row(FOUND, **passed)
+        pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(-1, 3, *known["shape"]).copy()
+        found = self.detector.detect_batch(
+            torch.from_numpy(pixels), torch.tensor(known["sizes"]),
+            torch.tensor([[height, width] for _, _, width, height in known["part"]]), self.least,
+        )  # fmt: skip
+        return _row(
+            FOUND, **passed, counts=[len(one["scores"]) for one in found],
+            **{key: np.concatenate([one[key] for one in found]).ravel() for key in ("boxes", "scores", "labels")},
+        )  # fmt: skip
 
 
-def detect_rows(detector, rows: list[dict[str, Any]], options: dict[str, Any]) -> pa.Table:
-    """Rows of `read_rows` -> rows of DETECTIONS, in their order.
-
-    options: score_threshold, score_thresholds ({category id: threshold}, may be absent), max_pixels, model_name,
-    model_version.
-    """
-    from detr.transforms import ImageError, decode_image
-    from pipelines.detect import label_thresholds
-
-    def decode(row: dict[str, Any]):
-        if row["error"] is not None:
-            return row["error"]
-        try:
-            return decode_image(row["data"], options["max_pixels"])
-        except ImageError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(READERS) as pool:
-        decoded = list(pool.map(decode, rows))
-    images = [image for image in decoded if not isinstance(image, str)]
-    found = iter(detector.detect(images) if images else [])
-    least = label_thresholds(detector.categories, options["score_threshold"], options.get("score_thresholds"))
-    out = []
-    for row, image in zip(rows, decoded, strict=True):
-        result = {
-            "image_key": row["key"],
-            "etag": row["etag"],
-            "size": row["size"],
-            "model_name": options["model_name"],
-            "model_version": options["model_version"],
-        }
-        if isinstance(image, str):
-            result |= {"status": image, "boxes": [], "scores": [], "category_ids": [], "category_names": []}
-        else:
-            one = next(found)
-            keep = one["scores"] >= least[one["labels"]]
-            labels = one["labels"][keep].tolist()
-            result |= {
-                "status": "ok",
-                "width": image.width,
-                "height": image.height,
-                "boxes": one["boxes"][keep].tolist(),
-                "scores": one["scores"][keep].tolist(),
-                "category_ids": [detector.categories[label]["id"] for label in labels],
-                "category_names": [detector.categories[label]["name"] for label in labels],
+def assemble(
+    images: list[dict[str, Any]], last: dict[str, Any], batches: list[dict[str, Any]],
+    categories: list[dict[str, Any]], recipe: dict[str, Any], plan_id: str,
+) -> pa.Table:  # fmt: skip
+    """A shard's images, its last row and its batches (FOUND, as dicts) -> its rows (DETECTIONS), in order of key."""
+    found: list[list[tuple[tuple, dict[str, np.ndarray]]]] = [[] for _ in images]
+    for batch in batches:
+        ends = np.cumsum(batch["counts"])[:-1]
+        boxes = np.split(np.asarray(batch["boxes"], np.float32).reshape(-1, 4), ends)
+        scores = np.split(np.asarray(batch["scores"], np.float32), ends)
+        labels = np.split(np.asarray(batch["labels"], np.int64), ends)
+        for number, part, *one in zip(batch["image"], batch["part"], boxes, scores, labels, strict=True):
+            found[number].append((tuple(part), dict(zip(("boxes", "scores", "labels"), one, strict=True))))
+    rows = []
+    for number, (image, status) in enumerate(zip(images, last["status"], strict=True)):
+        row = {
+            "image_key": image["key"], "etag": image["etag"], "size": image["size"], "status": status, "boxes": [],
+            "scores": [], "category_ids": [], "category_names": [], "model_name": recipe["model"]["name"],
+            "model_version": recipe["model"]["version"], "plan_id": plan_id,
+        }  # fmt: skip
+        if status == "ok":
+            width, height = last["widths"][number], last["heights"][number]
+            parts = sorted(found[number], key=lambda one: (-one[0][2] * one[0][3], one[0]))  # the whole image first
+            one = parts[0][1] if len(parts) == 1 else merge(width, height, parts)
+            labels = one["labels"].tolist()
+            row |= {
+                "width": width,
+                "height": height,
+                "boxes": one["boxes"].tolist(),
+                "scores": one["scores"].tolist(),
+                "category_ids": [categories[label]["id"] for label in labels],
+                "category_names": [categories[label]["name"] for label in labels],
             }
-        out.append(result)
-    return pa.Table.from_pylist(out, schema=DETECTIONS)
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=DETECTIONS)
 
 
-def _detect_all(
-    settings: RunSettings, images: list[dict[str, Any]], checkpoint: Path, plan: dict[str, Any]
-) -> Iterator[pa.Table]:
-    """The Ray part: rows of DETECTIONS for the images, in their order."""
+def _new_plan(
+    settings: RunSettings, folder: Folder, recipe: dict[str, Any], complete: int, input: str, column: str | None
+) -> dict[str, Any] | None:
+    """List the input, and plan what is new in it; None where nothing is."""
+    inside = folder.uri.rstrip("/") + "/"  # pictures that were drawn before are no input
+    found = (image for image in find_images(input, settings, column) if not image.uri.startswith(inside))
+    with Listing() as listing:
+        listing.add(found, str(input))
+        claim(folder, recipe)
+        if complete:
+            listing.known(known_images(folder, complete))
+        number = listing.count()
+        if not number and not complete:  # all of them are the output's own
+            raise UserError(f"There is no image in {input} but what lies in {folder.uri}; give other images.", 2)
+        if not number:
+            return None
+        with progress() as bar:
+            task = bar.add_task("plan", total=number, note="")
+            return freeze(folder, complete + 1, recipe, listing.images(), lambda rows: bar.advance(task, rows))
+
+
+def _detect_plan(
+    settings: RunSettings, folder: Folder, plan: dict[str, Any], recipe: dict[str, Any], checkpoint: Path,
+    done: dict[int, dict[str, Any]], run_id: str | None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Do the shards that are not in `done` and put their commits there; yields those of this driver."""
+    categories = read_json(Path(checkpoint) / "config.json")["categories"]
+    facts = {"attempt": uuid.uuid4().hex, "host": socket.gethostname(), "run_id": run_id}
+    total, limit = plan["images"], settings.predict.max_reject_fraction * plan["images"]
+    # Drivers that work on one plan by mistake begin at different ends, and leave each other what they have done.
+    todo = [shard for shard in range(plan["shards"]) if shard not in done]
+    turn = random.randrange(len(todo))
+    todo = todo[turn:] + todo[:turn]
+    open_shards: dict[int, list[dict[str, Any]]] = {}
+    writing: set[Future] = set()
+
+    def write(last: dict[str, Any], batches: list[dict[str, Any]]) -> tuple[int, dict[str, Any], bool]:
+        shard = last["shard"]
+        if last["batches"] == ELSEWHERE:
+            return shard, commits(folder, plan, shard)[shard], False
+        images = images_of(folder, plan, shard)
+        table = assemble(images, last, batches, categories, recipe, plan["id"])
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        found = commit(folder, plan, shard, images, table, {"finished": now, **facts})
+        return shard, found, found["attempt"] == facts["attempt"]
+
+    with progress() as bar, ThreadPoolExecutor(COMMITTERS) as pool:
+        before = sum(found["images"] for found in done.values())
+        rejected = before - sum(found["ok"] for found in done.values())
+        task = bar.add_task("predict", total=total, completed=before, note=_note(rejected))
+
+        def settle(all_of_them: bool) -> Iterator[dict[str, Any]]:
+            nonlocal writing, rejected
+            while writing and (all_of_them or len(writing) >= 2 * COMMITTERS):
+                ready, writing = wait(writing, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    shard, found, mine = future.result()
+                    done[shard] = found
+                    rejected += found["images"] - found["ok"]
+                    bar.update(task, advance=found["images"], note=_note(rejected))
+                    if mine:
+                        yield found
+            if rejected > limit:
+                reasons = add({}, counts(DETECTIONS.empty_table()))
+                for found in done.values():
+                    add(reasons, found)
+                reason, number = reasons["rejects"].most_common(1)[0]
+                raise UserError(
+                    f"{rejected} of {total} images cannot be used, more than predict.max_reject_fraction "
+                    f"{settings.predict.max_reject_fraction} allows; {number} because {reason}. What was done is "
+                    f"kept in {folder.uri}: mend the images or raise the limit, and run it again."
+                )
+
+        for row in _stream(settings, todo, folder, plan, recipe, checkpoint):
+            shard = row["shard"]
+            mine = open_shards.setdefault(shard, [])
+            mine.append(row)
+            last = next((one for one in mine if one["batches"] is not None), None)
+            if last and last["batches"] in (ELSEWHERE, len(mine) - 1):
+                batches = [one for one in open_shards.pop(shard) if one["batches"] is None]
+                writing.add(pool.submit(write, last, batches))
+            yield from settle(False)
+        yield from settle(True)
+    if open_shards or len(done) < plan["shards"]:
+        raise RuntimeError(f"{len(open_shards)} shards or more came back without an answer for each of their images")
+
+
+def _stream(
+    settings: RunSettings, todo: list[int], folder: Folder, plan: dict[str, Any], recipe: dict[str, Any],
+    checkpoint: Path,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The Ray part: what is found in the shards (FOUND, as dicts), in any order."""
     import ray
     from ray.exceptions import RayTaskError
 
@@ -230,137 +398,121 @@ def _detect_all(
     use_gpu = settings.train.use_gpu
     if use_gpu is None:
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    actors, batch_size = settings.predict.actors, settings.predict.batch_size
-    options = {
-        "batch_size": batch_size,
-        "score_threshold": plan["score_threshold"],
-        "score_thresholds": plan["score_thresholds"],
-        "max_pixels": plan["max_pixels"],
-        "model_name": plan["model"]["name"],
-        "model_version": plan["model"]["version"],
-    }
+    there, sharing = places(ray.nodes(), use_gpu)
+    actors = settings.predict.actors or there
+    local = settings.cluster.address == "local"  # where Ray has more logical CPUs than there are cores
+    cores = os.cpu_count() if local else int(ray.cluster_resources().get("CPU", 1))
+    readers = max(1, cores - actors if use_gpu else cores // 2)
     stream = (
-        # Small blocks: they hold the encoded images on their way to the actors.
-        ray.data.from_items(images, override_num_blocks=max(1, len(images) // (4 * batch_size)))
-        .map_batches(_read_batch, batch_size=batch_size, batch_format="pyarrow", num_cpus=0.5)
+        ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
         .map_batches(
-            DetectImages,
-            fn_constructor_args=(str(Path(checkpoint).resolve()), "cuda" if use_gpu else "cpu", actors, options),
-            batch_size=batch_size,
+            read_shard,
+            fn_kwargs={"folder": folder, "plan": plan, "recipe": recipe,
+                       "model": read_json(Path(checkpoint) / "config.json")["model"]},
+            batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=1,
+            concurrency=readers,
+        )
+        .map_batches(
+            DetectBatches,
+            fn_constructor_args=(str(Path(checkpoint).resolve()), "cuda" if use_gpu else "cpu",
+                                 max(sharing, -(-actors // there)), recipe),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(todo)))),
             num_cpus=1,
             num_gpus=1 if use_gpu else 0,
         )
-    )
-    stream.context.execution_options.preserve_order = True  # parts are cut from the stream by count
+    )  # fmt: skip
     stream.context.enable_progress_bars = False
+    stream.context.target_max_block_size = BLOCK
     try:
-        for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield batch.select(DETECTIONS.names).cast(DETECTIONS)
+        for table in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from table.to_pylist()
     except RayTaskError as error:
         raise from_task(error) or error from error
 
 
-def _read_batch(batch: pa.Table) -> pa.Table:
-    return read_rows(batch.to_pylist())
+def _fetched(images: list[dict[str, Any]]) -> Iterator[tuple[bytes | None, str | None]]:
+    """Of each image its bytes or why they cannot be had, in order, some read ahead."""
+
+    def fetch(image: dict[str, Any]) -> tuple[bytes | None, str | None]:
+        if image["size"] > MOST_BYTES:
+            return None, f"the file is larger than {MOST_BYTES >> 20} MiB"
+        return read_listed(image["uri"], image["etag"], image["size"])
+
+    with ThreadPoolExecutor(AHEAD) as pool:
+        ahead: deque[tuple[int, Future]] = deque()
+        for image in images:
+            while ahead and (len(ahead) == AHEAD or sum(n for n, _ in ahead) + image["size"] > AHEAD_BYTES):
+                yield ahead.popleft()[1].result()
+            ahead.append((image["size"], pool.submit(fetch, image)))
+        while ahead:
+            yield ahead.popleft()[1].result()
 
 
-def _read(row: dict[str, Any]) -> tuple[bytes | None, str | None]:
-    """(bytes, None), or (None, why not). An object store that does not answer ends the job instead."""
-    data, reason = read_file(row["uri"])
-    if reason is None and len(data) != row["size"]:
-        return None, "it changed after it was listed"
-    return data, reason
+def _pixels(shard: int, shape: tuple[int, int], items: list[tuple[int, tuple, Any]]) -> pa.Table:
+    """A row of BATCHES: (image, part, uint8 [3, h, w]) of one padded shape."""
+    batch = np.zeros((len(items), 3, *shape), np.uint8)
+    for slot, (_, _, pixels) in zip(batch, items, strict=True):
+        slot[:, : pixels.shape[1], : pixels.shape[2]] = pixels
+    ends = pa.py_buffer(np.array([0, batch.nbytes], np.int64))
+    column = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(batch)])
+    return _row(
+        BATCHES, shard=shard, image=[number for number, _, _ in items], part=[part for _, part, _ in items],
+        sizes=[pixels.shape[1:] for _, _, pixels in items], shape=shape, pixels=column,
+    )  # fmt: skip
 
 
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"detections-{number:05d}.parquet"
+def _row(schema: pa.Schema, **values: Any) -> pa.Table:
+    """A table of one row; what is not given is null."""
+    columns = [
+        value if isinstance(value, pa.Array) else pa.array([value], field.type)
+        for field, value in ((field, values.get(field.name)) for field in schema)
+    ]
+    return pa.table(columns, schema=schema)
 
 
-def _keep_what_fits(folder: Path, plan: dict[str, Any]) -> None:
-    """Parts in the folder stay if they were made by the same plan; otherwise they go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for half in folder.glob(".detections-*"):
-        half.unlink()
-    path = folder / "plan.json"
-    if path.is_file() and read_json(path) == plan:
-        return
-    for old in (folder / "manifest.json", path, *folder.glob("detections-*.parquet")):
-        old.unlink(missing_ok=True)
-    write_json(path, plan)
+def _note(rejected: int) -> str:
+    return f"{rejected:,} rejected" if rejected else ""
 
 
-def _is_done(path: Path, chunk: list[dict[str, Any]]) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        keys = pq.read_table(path, columns=["image_key"])["image_key"].to_pylist()
-    except (OSError, pa.ArrowException):  # a torn disk; write it again
-        return False
-    return keys == [image["key"] for image in chunk]
-
-
-def _counted(tables: Iterable[pa.Table], tell: Callable[[int], None]) -> Iterator[pa.Table]:
-    for table in tables:
-        tell(table.num_rows)
-        yield table
-
-
-def _cut(tables: Iterable[pa.Table], sizes: list[int]) -> Iterator[pa.Table]:
-    """The stream of tables, cut anew into tables of these sizes; RuntimeError unless they add up."""
-    tables = iter(tables)
-    held = DETECTIONS.empty_table()
-    for size in sizes:
-        while held.num_rows < size:
-            table = next(tables, None)
-            if table is None:
-                raise RuntimeError(f"{size - held.num_rows} images or more came back without an answer")
-            held = pa.concat_tables([held, table])
-        yield held.slice(0, size)
-        held = held.slice(size)
-    extra = held.num_rows + sum(table.num_rows for table in tables)
-    if extra:
-        raise RuntimeError(f"{extra} more images came back than were sent")
-
-
-def _write_part(path: Path, table: pa.Table, chunk: list[dict[str, Any]]) -> None:
-    """Write a part whole or not at all, once it is sure that it holds exactly the chunk's images."""
-    if table["image_key"].to_pylist() != [image["key"] for image in chunk]:
-        raise RuntimeError(f"the images of {path.name} are not those that were sent, or not in their order")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
-
-
-def _manifest(folder: Path, chunks: list[list[dict[str, Any]]], plan: dict[str, Any]) -> dict[str, Any]:
-    """What the parts hold, read back from them; RuntimeError unless every image is there exactly once."""
-    parts, keys = [], Counter()
-    status, categories = Counter(), Counter()
-    for number in range(len(chunks)):
-        path = _part(folder, number)
-        table = pq.read_table(path, columns=["image_key", "status", "category_names"])
-        keys.update(table["image_key"].to_pylist())
-        status.update(table["status"].to_pylist())
-        categories.update(name for names in table["category_names"].to_pylist() for name in names)
-        parts.append({"path": path.name, "rows": table.num_rows, "sha256": _sha256(path)})
-    expected = Counter(image["key"] for chunk in chunks for image in chunk)
-    if keys != expected or any(count > 1 for count in expected.values()):
-        raise RuntimeError(f"{folder}: not every image was counted exactly once")
-    ok = status.pop("ok", 0)
+def _speed(settings: RunSettings, images: int, seconds: float) -> dict[str, Any]:
+    price = settings.predict.cost_per_hour
     return {
-        "format": 1,
-        "parts": parts,
-        "images": ok + status.total(),
-        "ok": ok,
-        "rejected": status.total(),
-        "rejects": dict(status.most_common()),
-        "detections": dict(sorted(categories.items())),
-        "model": plan["model"],
-        "weights_sha256": plan["weights_sha256"],
-        "score_threshold": plan["score_threshold"],
-        "score_thresholds": plan["score_thresholds"],
+        "seconds": round(seconds, 2),
+        "images_per_second": round(images / seconds, 2) if images else None,
+        "cost_per_1000_images": round(price / 3600 * seconds * 1000 / images, 4) if images and price else None,
     }
+
+
+def _start_run(tracker: Tracker, recipe: dict[str, Any], plan: dict[str, Any]) -> str:
+    """The plan's run in MLflow, made or gone on with."""
+    tags = {"detr.stage": "predict", "detr.plan": plan["id"]}
+    model = recipe["model"]
+    run_id = tracker.start_run(f"{model['name']}-predict-{plan['id'][:8]}", tracker.find_run(tags), {
+        **tags, "detr.model": f"{model['name']} version {model['version']}", "detr.weights": recipe["weights_sha256"],
+        "detr.input_digest": plan["input_digest"],
+    })  # fmt: skip
+    tracker.log_params(run_id, recipe)
+    tracker.log_dataset(run_id, Path(recipe["input"]).name or "images", plan["input_digest"], "prediction",
+                        {"uri": recipe["input"]}, {"images": plan["images"]})  # fmt: skip
+    return run_id
+
+
+def _end_run(
+    tracker: Tracker, run_id: str, manifest: dict[str, Any], plan: dict[str, Any], fresh: dict[str, Any],
+    speed: dict[str, Any],
+) -> None:  # fmt: skip
+    client = tracker.client()
+    client.set_tag(run_id, "detr.output_digest", manifest["output_digest"])
+    numbers = {**speed, "images": plan["images"], "rejected": fresh["images"] - fresh["ok"],
+               "detections": sum(fresh["detections"].values()), "images_in_table": manifest["images"]}  # fmt: skip
+    tracker.log_metrics(run_id, {key: value for key, value in numbers.items() if value is not None})
+    summary = {key: value for key, value in manifest.items() if key != "parts"}
+    client.log_dict(run_id, summary, "summary.json")
+    tracker.end_run(run_id)
 
 
 def _sha256(path: Path) -> str:

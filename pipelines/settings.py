@@ -367,10 +367,28 @@ class GateSettings(Settings):
 
 class PredictSettings(Settings):
     score_threshold: float | None = Field(None, ge=0, le=1, description="by default the model's own")
-    batch_size: int = Field(16, gt=0)
-    actors: int = Field(1, gt=0)
-    max_pixels: int = Field(100_000_000, gt=0, le=MOST_PIXELS)
-    max_reject_fraction: float = Field(0.5, ge=0, le=1)
+    batch_size: int = Field(16, gt=0, description="images of one shape that a model sees at once")
+    images_per_shard: int = Field(256, gt=0, description="images whose detections are written, and counted, at once")
+    actors: int | None = Field(
+        None, gt=0, description="models that work side by side; by default one for each GPU, or machine without"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: twice as fast where the device has units for it; the last digits differ"
+    )
+    compile: bool = Field(False, description="torch.compile: a minute or more at the start, then faster batches")
+    tile: int | None = Field(
+        None, ge=32, description="side in pixels of the image: larger images are also looked at in tiles of this size, "
+        "for small objects in large images",
+    )
+    tile_overlap: float = Field(
+        0.25, ge=0, le=0.8, description="share of a tile that it has in common with the next; objects up to this size "
+        "are whole in one of them",
+    )
+    max_pixels: int = Field(100_000_000, gt=0, le=MOST_PIXELS, description="larger images are rejected before decoding")
+    max_reject_fraction: float = Field(0.5, ge=0, le=1, description="more rejected images stop the run")
+    cost_per_hour: float | None = Field(
+        None, gt=0, description="of the machines, in any currency, to be told the cost of 1,000 images"
+    )
 
 
 class TrackingSettings(Settings):

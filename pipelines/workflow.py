@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 APPLICATION_VERSION = "2"  # raised when the order or the meaning of the steps changes
 # Raised by hand when what a stage makes of the same inputs and settings changes.
-VERSIONS = {"sample": 1, "ingest": 3, "sweep": 8, "train": 8, "evaluate": 3, "predict": 2, "report": 5}
+VERSIONS = {"sample": 1, "ingest": 3, "sweep": 9, "train": 9, "evaluate": 4, "predict": 3, "report": 6}
 GATE_REFUSED = 3
 
 Record = dict[str, Any]
@@ -155,17 +156,59 @@ def promote_stage(
 
 
 def predict_stage(
-    settings: RunSettings, store: Path, images: str, checkpoint: Path, model_name: str, version: str
-) -> Record:
-    """Detections on all images of an input (folder, prefix, list or COCO file)."""
-    from pipelines.predict import list_images, predict, thresholds
+    settings: RunSettings, store: Path, images: str, checkpoint: Path, model_name: str, version: str,
+    output: str | None = None, column: str | None = None,
+    session: Callable[[], AbstractContextManager] = nullcontext,
+) -> Record:  # fmt: skip
+    """Detections on all images of an input (as `find_images` takes it), in `output` or a folder of the store.
 
-    listed = list_images(images, settings)
-    own = thresholds(settings, read_json(Path(checkpoint) / "config.json"))
-    inputs = {**_checkpoint_inputs(checkpoint), "images": digest(listed, 64), "model": [model_name, str(version)],
-              "thresholds": digest(own)}  # fmt: skip
-    return _stage(store, "predict", settings.predict.model_dump(), inputs,
-                  lambda folder: predict(settings, listed, checkpoint, model_name, str(version), folder))  # fmt: skip
+    Those that are there from before stay; the key changes with what is there. session: what to run Ray in.
+    """
+    from pipelines.drift import drift
+    from pipelines.predict import make_recipe, predict
+    from pipelines.tracking import tracker
+
+    started = time.monotonic()
+    recipe = make_recipe(settings, images, column, checkpoint, model_name, version)
+    folder = Path(store).resolve() / "predict" / digest({"recipe": recipe, "output": output})
+    file = folder / "stage.json"
+    # The newest of this model: what its detections are compared with.
+    earlier = [read_json(path) for path in (Path(store) / "predict").glob("*/stage.json")]
+    earlier = [record for record in earlier if record["inputs"]["model"][0] == model_name and "new" in record["result"]]
+    result = predict(
+        settings, images, checkpoint, model_name, version, output or folder, column,
+        tracker(settings, Path(store), model_name), session,
+    )  # fmt: skip
+    if file.is_file() and not result["new"]["images"]:
+        known = read_json(file)
+        same = {key: known["result"].get(key) for key in ("drift", "images_per_second", "cost_per_1000_images")}
+        record = {**known, "result": {**result, **same}, "reused": True}
+    else:
+        last = max(earlier, key=lambda record: record["finished"], default=None)
+        result["drift"] = last and {
+            "since": last["finished"],
+            "version": last["inputs"]["model"][1],
+            **drift(result["new"], last["result"]["new"]),
+        }
+        record = {
+            "format": 1,
+            "stage": "predict",
+            "version": VERSIONS["predict"],
+            "key": digest({"recipe": recipe, "output": result["output_digest"]}),
+            "settings": settings.predict.model_dump(),
+            "inputs": {**_checkpoint_inputs(checkpoint), "images": result["input_digest"],
+                       "model": [model_name, str(version)]},
+            "result": result,
+            "seconds": round(time.monotonic() - started, 2),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, record)
+        record["reused"] = False
+    record["folder"] = str(folder)
+    _remember(store, record)
+    _say(record)
+    return record
 
 
 def report_stage(
@@ -493,13 +536,18 @@ def _stage(
     store: Path, stage: str, settings: dict[str, Any], inputs: dict[str, Any], work: Callable[[Path], dict[str, Any]]
 ) -> Record:
     record = run_stage(store, stage, VERSIONS[stage], settings, inputs, work)
+    _remember(store, record)
+    _say(record)
+    return record
+
+
+def _remember(store: Path, record: Record) -> None:
+    """That this is what the stage did last in the store."""
     path = Path(store) / "latest.json"
     with FileLock(str(path.with_name(".latest.lock"))):  # schedules run side by side
         pointers = read_json(path) if path.is_file() else {"format": 1}
-        if pointers.get(stage) != record["folder"]:
-            write_json(path, {**pointers, stage: record["folder"]})
-    _say(record)
-    return record
+        if pointers.get(record["stage"]) != record["folder"]:
+            write_json(path, {**pointers, record["stage"]: record["folder"]})
 
 
 def _timed(stage: str, work: Callable[[], dict[str, Any]]) -> Record:

@@ -88,9 +88,11 @@ class World:
         self.client.set_model_version_tag("cats", version, "verdict", outcome)
 
     def predict(self, key: str, model: str, version: str, weights: str) -> str:
-        folder = self.stage("predict", key, "2026-01-06", {}, {"weights": weights}, {})
+        counted = {"images": 10, "detections": {"cat": 3, "dog": 4}}
+        folder = self.stage("predict", key, "2026-01-06", {}, {"weights": weights, "model": [model, version]},
+                            {**counted, "folder": str(self.store / "predict" / key)})  # fmt: skip
         write_json(folder / "manifest.json", {"model": {"name": model, "version": version}, "weights_sha256": weights,
-                                              "images": 10, "detections": {"cat": 3, "dog": 4}})  # fmt: skip
+                                              **counted})  # fmt: skip
         return str(folder)
 
     def found(self, what: str | None = None) -> dict:

@@ -1,38 +1,40 @@
-"""Batch inference: what becomes of the images, of the bad ones too, and that none is lost."""
+"""Batch inference: what becomes of every image, on Ray and without, interrupted and straight."""
+from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from pipelines import predict as module
-from pipelines.predict import DETECTIONS, detect_rows, detections_of, list_images, predict, read_rows
+from pipelines.plan import DETECTIONS, detections_of
+from pipelines.predict import BATCHES, DetectBatches, make_recipe, predict, read_shard
 from pipelines.settings import UserError, load_settings
 from pipelines.stage import read_json
 
-SETTINGS = load_settings()
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+MODEL = {"preset": "tiny", "hidden_dim": 32, "enc_layers": 1, "dec_layers": 1, "num_queries": 5, "image_size": 64,
+         "dim_feedforward": 32, "num_classes": 2}  # fmt: skip
 
 
 class FakeDetector:
     """Finds a dog of score 0.9 that fills the image, and a cat of score 0.2."""
 
     categories = CATEGORIES
-    score_threshold = 0.5
 
-    def detect(self, images):
-        return [
-            {
-                "boxes": np.array([[0, 0, image.width, image.height], [0, 0, 1, 1]], np.float32),
-                "scores": np.array([0.9, 0.2], np.float32),
-                "labels": np.array([1, 0]),
-            }
-            for image in images
-        ]
+    def detect_batch(self, pixels, sizes, originals, least):
+        assert pixels.shape[0] == len(sizes) == len(originals)
+        found = []
+        for height, width in originals.tolist():
+            boxes = np.array([[0, 0, width, height], [0, 0, 1, 1]], np.float32)
+            scores, labels = np.array([0.9, 0.2], np.float32), np.array([1, 0])
+            keep = scores >= least[labels]
+            found.append({"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]})
+        return found
 
 
 def picture(path: Path, width: int = 8, height: int = 6) -> Path:
@@ -41,182 +43,254 @@ def picture(path: Path, width: int = 8, height: int = 6) -> Path:
     return path
 
 
+def settings_with(*overrides: str):
+    return load_settings(None, ["predict.images_per_shard=4", *overrides])
+
+
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
+    from detr.config import ModelConfig
+
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"score_threshold": 0.5, "categories": CATEGORIES}))
+    config = {"score_threshold": 0.5, "categories": CATEGORIES, "model": ModelConfig(**MODEL).model_dump(mode="json")}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder
 
 
 @pytest.fixture
 def without_ray(monkeypatch):
-    """The Ray part in this process, a few images at a time; returns the keys detected on, in order."""
+    """The Ray part in this process; returns the shards that were done, each as often as it was."""
     seen = []
 
-    def detect_all(settings, images, checkpoint, plan):
-        options = {key: plan[key] for key in ("score_threshold", "score_thresholds", "max_pixels")}
-        options |= {"model_name": plan["model"]["name"], "model_version": plan["model"]["version"]}
-        for start in range(0, len(images), 3):
-            batch = images[start : start + 3]
-            seen.extend(image["key"] for image in batch)
-            yield detect_rows(FakeDetector(), read_rows(batch).to_pylist(), options)
+    def stream(settings, todo, folder, plan, recipe, checkpoint):
+        from pipelines.detect import label_thresholds
 
-    monkeypatch.setattr(module, "_detect_all", detect_all)
-    monkeypatch.setattr(module, "CHUNK", 4)
+        actor = DetectBatches.__new__(DetectBatches)
+        actor.detector = FakeDetector()
+        actor.least = label_thresholds(CATEGORIES, recipe["score_threshold"], recipe["score_thresholds"])
+        model = read_json(checkpoint / "config.json")["model"]
+        for shard in todo:
+            seen.append(shard)
+            rows = read_shard(pa.table({"shard": [shard]}), folder=folder, plan=plan, model=model, recipe=recipe)
+            for row in rows:
+                yield from actor(row).to_pylist()
+
+    monkeypatch.setattr(module, "_stream", stream)
     return seen
 
 
-def keys(images) -> list[str]:
-    return [image["key"] for image in images]
+def run(settings, place: Path, checkpoint: Path, output: Path, version: str = "1") -> dict:
+    return predict(settings, str(place), checkpoint, "m", version, output)
 
 
-def test_every_image_is_a_row_and_a_bad_one_has_its_reason(tmp_path, checkpoint, without_ray):
+def test_every_image_is_a_row_and_a_bad_one_has_its_reason(tmp_path, checkpoint, without_ray, monkeypatch):
+    place = tmp_path / "in"
     for number in range(7):
-        picture(tmp_path / "in" / f"{number}.png", width=10 + number)
+        picture(place / f"{number}.png", width=10 + number)
     noise = np.random.default_rng(0).integers(0, 255, (50, 50, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.jpg")
-    (tmp_path / "in" / "corrupt.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
-    (tmp_path / "in" / "empty.jpg").touch()
-    (tmp_path / "in" / "text.jpg").write_text("hello")
-    picture(tmp_path / "in" / "huge.png", 200, 100)
-    settings = load_settings(None, ["predict.max_pixels=10000", "predict.max_reject_fraction=0.6"])
-    images = list_images(tmp_path / "in", settings)
-    (tmp_path / "in" / "6.png").unlink()  # vanishes after it was listed
-    picture(tmp_path / "in" / "5.png", width=200)  # and this one changes
-    result = predict(settings, images, checkpoint, "digits", "3", tmp_path / "out")
+    (place / "corrupt.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    (place / "empty.jpg").touch()
+    (place / "text.jpg").write_text("hello")
+    picture(place / "huge.png", 200, 100)
+    (place / "large.png").write_bytes(b"x" * 5000)
+    monkeypatch.setattr(module, "MOST_BYTES", 4999)
+    freeze = module.freeze
 
-    table = detections_of(tmp_path / "out")
+    def and_then(*args):
+        plan = freeze(*args)
+        (place / "6.png").unlink()  # vanishes after it was listed
+        picture(place / "5.png", width=200)  # and this one changes
+        return plan
+
+    monkeypatch.setattr(module, "freeze", and_then)
+    settings = settings_with("predict.max_pixels=10000", "predict.max_reject_fraction=0.6")
+    result = run(settings, place, checkpoint, tmp_path / "out")
+
+    table = detections_of(str(tmp_path / "out"))
     assert table.schema.equals(DETECTIONS)
     rows = {row["image_key"]: row for row in table.to_pylist()}
-    assert list(rows) == sorted(keys(images)) and table.num_rows == 11
+    assert list(rows) == sorted(rows) and table.num_rows == 12
     good = rows["2.png"]
     assert (good["width"], good["height"], good["status"]) == (12, 6, "ok")
     assert good["boxes"] == [[0, 0, 12, 6]] and good["scores"] == pytest.approx([0.9])
     assert (good["category_ids"], good["category_names"]) == ([7], ["dog"])
-    assert (good["model_name"], good["model_version"]) == ("digits", "3")
+    assert (good["model_name"], good["model_version"], good["plan_id"]) == ("m", "1", result["plan"])
     for key, words in {
         "corrupt.jpg": "cannot be decoded",
         "empty.jpg": "the file is empty",
         "text.jpg": "not an image",
         "huge.png": "200x100 is more than the limit of 10000 pixels",
+        "large.png": "the file is larger than",
         "6.png": "there is no such file",
         "5.png": "it changed after it was listed",
     }.items():
         assert words in rows[key]["status"]
         assert rows[key]["boxes"] == [] and rows[key]["width"] is None
-    assert (result["images"], result["ok"], result["rejected"]) == (11, 5, 6)
-    assert sum(result["rejects"].values()) == 6
+    assert (result["images"], result["ok"], result["rejected"]) == (12, 5, 7)
+    assert sum(result["rejects"].values()) == 7
     assert result["detections"] == {"dog": 5}
+    assert sum(result["scores"]) == 5
 
 
 def test_the_threshold_is_the_models_own_unless_set(tmp_path, checkpoint, without_ray):
-    images = list_images(picture(tmp_path / "a.png"), SETTINGS)
-    assert predict(SETTINGS, images, checkpoint, "m", "1", tmp_path / "a")["score_threshold"] == 0.5
-    low = predict(load_settings(None, ["predict.score_threshold=0.1"]), images, checkpoint, "m", "1", tmp_path / "b")
+    place = picture(tmp_path / "in" / "a.png").parent
+    assert run(settings_with(), place, checkpoint, tmp_path / "a")["score_threshold"] == 0.5
+    low = run(settings_with("predict.score_threshold=0.1"), place, checkpoint, tmp_path / "b")
     assert low["detections"] == {"cat": 1, "dog": 1}
 
 
 def test_a_class_may_have_a_threshold_of_its_own(tmp_path, checkpoint, without_ray):
-    config = {"score_threshold": 0.5, "score_thresholds": {"3": 0.2, "7": 0.95}, "categories": CATEGORIES}
+    config = read_json(checkpoint / "config.json") | {"score_thresholds": {"3": 0.2, "7": 0.95}}
     (checkpoint / "config.json").write_text(json.dumps(config))  # the cat's score is 0.2, the dog's 0.9
-    images = list_images(picture(tmp_path / "a.png"), SETTINGS)
-    own = predict(SETTINGS, images, checkpoint, "m", "1", tmp_path / "a")
+    place = picture(tmp_path / "in" / "a.png").parent
+    own = run(settings_with(), place, checkpoint, tmp_path / "a")
     assert own["detections"] == {"cat": 1} and own["score_thresholds"] == {"3": 0.2, "7": 0.95}
-    asked = predict(load_settings(None, ["predict.score_threshold=0.5"]), images, checkpoint, "m", "1", tmp_path / "b")
+    asked = run(settings_with("predict.score_threshold=0.5"), place, checkpoint, tmp_path / "b")
     assert asked["detections"] == {"dog": 1} and asked["score_thresholds"] == {}
 
 
-def test_too_many_bad_images_fail_but_what_was_done_stays(tmp_path, checkpoint, without_ray):
-    picture(tmp_path / "in" / "a.png")
-    for name in ("b.png", "c.png"):
-        (tmp_path / "in" / name).write_text("hello")
-    images = list_images(tmp_path / "in", SETTINGS)
-    with pytest.raises(UserError, match=r"2 of 3 images could not be read.*max_reject_fraction 0\.5") as error:
-        predict(SETTINGS, images, checkpoint, "m", "1", tmp_path / "out")
-    assert error.value.exit_code == 1
-    assert detections_of(tmp_path / "out").num_rows == 3
+def test_too_many_bad_images_stop_the_run_and_what_was_done_stays(tmp_path, checkpoint, without_ray):
+    for number in range(12):
+        picture(tmp_path / "in" / f"{number:02d}.png")
+    for number in range(6):
+        (tmp_path / "in" / f"{number:02d}.png").write_text("hello")
+    settings = settings_with("predict.max_reject_fraction=0.4")
+    with pytest.raises(UserError, match=r"6 of 12 images cannot be used.*max_reject_fraction 0\.4") as error:
+        run(settings, tmp_path / "in", checkpoint, tmp_path / "out")
+    assert error.value.exit_code == 1 and "6 because it is not an image" in str(error.value)
+    with pytest.raises(UserError, match="no finished prediction"):
+        detections_of(str(tmp_path / "out"))
+    without_ray.clear()
+    result = run(settings_with("predict.max_reject_fraction=0.5"), tmp_path / "in", checkpoint, tmp_path / "out")
+    assert without_ray == [] and result["rejected"] == 6  # nothing is done again
+    assert detections_of(str(tmp_path / "out")).num_rows == 12
 
 
-def test_parts_of_a_killed_attempt_are_kept(tmp_path, checkpoint, without_ray, monkeypatch):
-    for number in range(10):
-        picture(tmp_path / "in" / f"{number}.png")
-    images = list_images(tmp_path / "in", SETTINGS)
-    whole = tmp_path / "whole"
-    predict(SETTINGS, images, checkpoint, "m", "1", whole)
+def test_an_interrupted_run_goes_on_as_it_was_planned_and_then_takes_what_is_new(
+    tmp_path, checkpoint, without_ray, monkeypatch
+):
+    place = tmp_path / "in"
+    for number in range(20):
+        picture(place / f"{number:02d}.png")
+    whole = run(settings_with(), place, checkpoint, tmp_path / "whole")
+    assert len(without_ray) == 5 and whole["reused_images"] == 0
 
-    out, write, written = tmp_path / "out", module._write_part, []
+    commit, written = module.commit, []
 
-    def killed_at_the_third(path, table, chunk):
+    def killed_at_the_third(folder, plan, shard, *args):
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(path.name)
-        write(path, table, chunk)
+        written.append(shard)
+        return commit(folder, plan, shard, *args)
 
+    out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_part", killed_at_the_third)
+        patch.setattr(module, "commit", killed_at_the_third)
+        patch.setattr(module, "COMMITTERS", 1)
         with pytest.raises(KeyboardInterrupt):
-            predict(SETTINGS, images, checkpoint, "m", "1", out)
-    with pytest.raises(UserError, match="no finished prediction"):
-        detections_of(out)
-    (out / ".detections-00002.parquet.123").write_bytes(b"half")  # what a kill while writing leaves
-    (out / written[0]).write_bytes(b"torn")  # and a part that the disk lost
-    before = (out / written[1]).stat().st_mtime_ns
-
+            run(settings_with(), place, checkpoint, out)
+    picture(place / "20.png")
+    picture(place / "03.png", width=30)
     without_ray.clear()
-    result = predict(SETTINGS, images, checkpoint, "m", "1", out)
-    assert without_ray == ["0.png", "1.png", "2.png", "3.png", "8.png", "9.png"]
-    assert (result["images"], result["reused_images"]) == (10, 4)
-    assert (out / written[1]).stat().st_mtime_ns == before
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
-    assert detections_of(out).equals(detections_of(whole))
-    assert read_json(out / "manifest.json") == read_json(whole / "manifest.json")
+    result = run(settings_with(), place, checkpoint, out)
+    first = [shard for shard in range(5) if shard not in written]
+    assert sorted(without_ray[:3]) == first and without_ray[3:] == [0]  # the rest, then a run of the two new ones
+    assert (result["runs"], result["images"], result["new"]["images"], result["reused_images"]) == (2, 21, 14, 7)
+    rows = {row["image_key"]: row for row in detections_of(str(out)).to_pylist()}
+    old = {row["image_key"]: row for row in detections_of(str(tmp_path / "whole")).to_pylist()}
+    assert {key for key in rows if rows[key] != old.get(key)} == {"03.png", "20.png"}
+    assert rows["03.png"]["width"] == 30
+    without_ray.clear()
+    again = run(settings_with(), place, checkpoint, out)
+    assert without_ray == [] and again["new"]["images"] == 0 and again["reused_images"] == 21
+    assert again["output_digest"] == result["output_digest"]
 
 
-@pytest.mark.parametrize("change", ["version", "threshold", "weights", "images"])
-def test_parts_of_other_work_are_not_kept(tmp_path, checkpoint, without_ray, change):
+@pytest.mark.parametrize("change", ["version", "threshold", "weights", "input"])
+def test_an_output_is_one_plans(tmp_path, checkpoint, without_ray, change):
     for number in range(5):
         picture(tmp_path / "in" / f"{number}.png")
-    predict(SETTINGS, list_images(tmp_path / "in", SETTINGS), checkpoint, "m", "1", tmp_path / "out")
-    without_ray.clear()
-    settings = load_settings(None, ["predict.score_threshold=0.1"]) if change == "threshold" else SETTINGS
+    picture(tmp_path / "other" / "x.png")
+    run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")
+    settings = settings_with("predict.score_threshold=0.1") if change == "threshold" else settings_with()
     if change == "weights":
         (checkpoint / "model.safetensors").write_bytes(b"others")
-    if change == "images":
-        picture(tmp_path / "in" / "0.png", width=30)
-        (tmp_path / "in" / "4.png").unlink()
-    images = list_images(tmp_path / "in", settings)
-    predict(settings, images, checkpoint, "m", "2" if change == "version" else "1", tmp_path / "out")
-    assert without_ray == keys(images)
-    assert detections_of(tmp_path / "out")["image_key"].to_pylist() == keys(images)
+    place = tmp_path / ("other" if change == "input" else "in")
+    with pytest.raises(UserError, match=r"holds results of another plan.*give another --output") as error:
+        run(settings, place, checkpoint, tmp_path / "out", "2" if change == "version" else "1")
+    assert error.value.exit_code == 2
+    assert detections_of(str(tmp_path / "out")).num_rows == 5
 
 
-@pytest.mark.parametrize("fault", ["lost", "twice", "swapped"])
+def test_what_lies_in_the_output_is_no_input(tmp_path, checkpoint, without_ray):
+    picture(tmp_path / "in" / "a.png")
+    picture(tmp_path / "in" / "found" / "pictures" / "a.png")
+    picture(tmp_path / "in" / "found2" / "b.png")
+    assert run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "in" / "found")["images"] == 2
+
+
+@pytest.mark.parametrize("fault", ["lost", "twice", "mixed up"])
 def test_an_image_lost_or_counted_twice_is_noticed(tmp_path, checkpoint, without_ray, monkeypatch, fault):
     for number in range(6):
         picture(tmp_path / "in" / f"{number}.png")
-    honest = module._detect_all
+    honest = module._stream
 
     def faulty(*args):
-        table = pa.concat_tables(honest(*args))
-        order = {"lost": [0, 1, 2, 3, 4], "twice": [0, 1, 2, 3, 4, 5, 5], "swapped": [1, 0, 2, 3, 4, 5]}
-        yield table.take(order[fault])
+        rows = list(honest(*args))
+        if fault == "mixed up":
+            shards = {0: 1, 1: 0}
+            yield from ({**row, "shard": shards[row["shard"]]} for row in rows)
+        else:
+            yield from rows[:-2] + rows[-1:] if fault == "lost" else [rows[0], *rows]
 
-    monkeypatch.setattr(module, "_detect_all", faulty)
-    with pytest.raises(RuntimeError):
-        predict(SETTINGS, list_images(tmp_path / "in", SETTINGS), checkpoint, "m", "1", tmp_path / "out")
+    monkeypatch.setattr(module, "_stream", faulty)
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_changed_part_is_not_read(tmp_path, checkpoint, without_ray):
-    images = list_images(picture(tmp_path / "a.png"), SETTINGS)
-    predict(SETTINGS, images, checkpoint, "m", "1", tmp_path / "out")
-    part = tmp_path / "out" / "detections-00000.parquet"
-    table = pq.read_table(part)
-    pq.write_table(pa.concat_tables([table, table]), part)
-    with pytest.raises(UserError, match="is not what was written"):
-        detections_of(tmp_path / "out")
+def test_a_batch_is_of_one_shape_and_follows_from_its_shard_alone(tmp_path, checkpoint, monkeypatch):
+    from pipelines.listing import Listing, find_images
+    from pipelines.plan import freeze
+    from pipelines.storage import Folder
+
+    for number in range(24):
+        picture(tmp_path / "in" / f"{number:02d}.png", *[(100, 60), (60, 100), (64, 64)][number % 3])
+    settings = load_settings(None, ["predict.images_per_shard=12", "predict.batch_size=3"])
+    recipe = make_recipe(settings, str(tmp_path / "in"), None, checkpoint, "m", "1")
+    folder = Folder(str(tmp_path / "out"))
+    with Listing() as listing:
+        listing.add(find_images(str(tmp_path / "in"), settings), "in")
+        plan = freeze(folder, 1, recipe, listing.images())
+
+    def batches(shard: int) -> list[dict]:
+        found = list(read_shard(pa.table({"shard": [shard]}), folder=folder, plan=plan,
+                                model=read_json(checkpoint / "config.json")["model"], recipe=recipe))  # fmt: skip
+        assert all(table.schema.equals(BATCHES) for table in found)
+        return pa.concat_tables(found).to_pylist()
+
+    first = batches(1)
+    assert [row["batches"] for row in first] == [None] * 6 + [6]  # four of each shape in threes
+    assert sorted(number for row in first[:-1] for number in row["image"]) == list(range(12))
+    for row in first[:-1]:
+        assert len({number % 3 for number in row["image"]}) == 1
+        assert len(row["pixels"]) == len(row["image"]) * 3 * row["shape"][0] * row["shape"][1]
+    assert batches(1) == first
+    monkeypatch.setattr(module, "MOST_HELD", 1)  # too large to wait for others: each goes alone
+    assert [len(row["image"]) for row in batches(1)[:-1]] == [1] * 12
+
+
+def test_tiles_of_a_large_image_are_put_together(tmp_path, checkpoint, without_ray):
+    picture(tmp_path / "in" / "large.png", 300, 200)
+    picture(tmp_path / "in" / "small.png", 90, 60)
+    result = run(settings_with("predict.tile=128"), tmp_path / "in", checkpoint, tmp_path / "out")
+    rows = {row["image_key"]: row for row in detections_of(str(tmp_path / "out")).to_pylist()}
+    # The fake finds a dog in every tile, which fills it: what a tile cuts is part of the one in the whole image.
+    assert rows["large.png"]["boxes"] == [[0, 0, 300, 200]] and rows["small.png"]["boxes"] == [[0, 0, 90, 60]]
+    assert result["images"] == 2
 
 
 @pytest.mark.ray
@@ -229,26 +303,24 @@ def test_on_ray_every_image_is_detected_on_once(tmp_path, ray_cluster):
     from pipelines.detect import Detector
 
     torch.manual_seed(0)
-    small = {"preset": "tiny", "hidden_dim": 32, "enc_layers": 1, "dec_layers": 1, "num_queries": 5}
-    config = ModelConfig.model_validate({**small, "dim_feedforward": 32, "image_size": 64, "num_classes": 2})
-    save_checkpoint(tmp_path / "checkpoint", DETR(config), CATEGORIES)
+    save_checkpoint(tmp_path / "checkpoint", DETR(ModelConfig.model_validate(MODEL)), CATEGORIES)
     random = np.random.default_rng(0)
-    for number in range(300):  # more than one part
+    for number in range(60):
         pixels = random.integers(0, 255, (20 + number % 7, 30, 3), dtype=np.uint8)
         (tmp_path / "in").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "in" / f"{number:03d}.png")
-    (tmp_path / "in" / "100.png").write_text("hello")
-    settings = load_settings(None, ["predict.score_threshold=0", "predict.batch_size=8"])
-    images = list_images(tmp_path / "in", settings)
-    result = predict(settings, images, tmp_path / "checkpoint", "m", "1", tmp_path / "out")
-    assert (result["images"], result["ok"], result["rejected"]) == (300, 299, 1)
-    assert len(list((tmp_path / "out").glob("detections-*.parquet"))) == 2
-    table = detections_of(tmp_path / "out")
-    assert table["image_key"].to_pylist() == keys(images)
-    assert result["detections"] == {"cat": 299 * 5, "dog": 299 * 5}  # every query scores every class
+    (tmp_path / "in" / "010.png").write_text("hello")
+    settings = load_settings(None, ["predict.score_threshold=0", "predict.batch_size=8", "predict.images_per_shard=16"])
+    result = run(settings, tmp_path / "in", tmp_path / "checkpoint", tmp_path / "out")
+    assert (result["images"], result["ok"], result["rejected"]) == (60, 59, 1)
+    table = detections_of(str(tmp_path / "out"))
+    assert table["image_key"].to_pylist() == sorted(os.listdir(tmp_path / "in"))
+    assert result["detections"] == {"cat": 59 * 5, "dog": 59 * 5}  # every query scores every class
     row = table.to_pylist()[7]
     with Image.open(tmp_path / "in" / "007.png") as image:
         expected = Detector.load(tmp_path / "checkpoint").detect([image.convert("RGB")])[0]
     assert row["image_key"] == "007.png"
     np.testing.assert_allclose(row["boxes"], expected["boxes"], atol=1e-2)
     np.testing.assert_allclose(row["scores"], expected["scores"], atol=1e-4)
+    again = run(settings, tmp_path / "in", tmp_path / "checkpoint", tmp_path / "twice")
+    assert again["output_digest"] == result["output_digest"]  # the same bytes

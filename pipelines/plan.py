@@ -1,0 +1,359 @@
+"""Plan, attempt, commit: how batch inference counts every image once, whatever dies on the way.
+
+An output folder, local or on S3, holds
+
+    plan.json                      the recipe: all that makes the rows; written once, and another one is refused
+    0001/plan.json                 a run: its frozen listing, cut into shards; who writes it first decides
+    0001/listing-00000-*.parquet   its images in order of key, SHARDS_PER_LISTING shards to a file, one to a row group
+    0001/part-00012-*.parquet      the rows of a shard, named by their digest: two attempts at it write the same
+    0001/commit-00012.json         names the part that counts, create-only, with its counts and digest
+    manifest.json                  names the parts of all runs that are complete
+
+Whoever follows the manifest sees each image once. A later run lists the images anew and takes those that no run before
+had; where an image changed, its old row is taken out of its part (kept-*.parquet).
+"""
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, islice
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.listing import Image
+from pipelines.settings import UserError, digest, flatten
+from pipelines.storage import Folder
+
+DETECTIONS = pa.schema(
+    [
+        ("image_key", pa.string()),
+        ("etag", pa.string()),
+        ("size", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("status", pa.string()),  # "ok", or why there are no detections
+        ("boxes", pa.list_(pa.list_(pa.float32(), 4))),  # xyxy, pixels of the stored image
+        ("scores", pa.list_(pa.float32())),
+        ("category_ids", pa.list_(pa.int64())),
+        ("category_names", pa.list_(pa.string())),
+        ("model_name", pa.string()),
+        ("model_version", pa.string()),
+        ("plan_id", pa.string()),
+    ]
+)
+LISTING = pa.schema(
+    [
+        ("key", pa.string()),
+        ("uri", pa.string()),
+        ("etag", pa.string()),
+        ("size", pa.int64()),
+        ("run", pa.int32()),  # whose part holds an older row of this image, or null
+        ("shard", pa.int32()),
+    ]
+)
+SHARDS_PER_LISTING = 16
+AT_ONCE = 16  # requests to a store
+BINS = 10  # of the scores' histogram
+T = TypeVar("T")
+
+
+def claim(folder: Folder, recipe: dict[str, Any]) -> None:
+    """Make an output folder this recipe's; UserError (exit code 2) where it holds results of another."""
+    if folder.create("plan.json", _json(recipe)):
+        return
+    there = json.loads(folder.get("plan.json"))
+    if there != recipe:
+        mine, other = flatten(recipe), flatten(there)
+        key = next(key for key in sorted({**mine, **other}) if mine.get(key) != other.get(key))
+        raise UserError(
+            f"{folder.uri} holds results of another plan ({key} was {other.get(key)!r}, now {mine.get(key)!r}); give "
+            "another --output.", 2,
+        )  # fmt: skip
+
+
+def runs(folder: Folder) -> tuple[int, dict[str, Any] | None]:
+    """(how many runs are complete, the plan of the one after them that was begun, or None)."""
+    manifest = folder.get("manifest.json")
+    complete = json.loads(manifest)["runs"] if manifest else 0
+    begun = folder.get(f"{_run(complete + 1)}/plan.json")
+    return complete, json.loads(begun) if begun else None
+
+
+def known_images(folder: Folder, complete: int) -> Iterator[tuple[str, str, int, int]]:
+    """(key, etag, run, shard) of all images of the runs so far, older ones first; nothing of their number is held."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        names = (f"{_run(run)}/plan.json" for run in range(1, complete + 1))
+        for some in _batched(names, AT_ONCE):
+            for plan in map(json.loads, pool.map(folder.get, some)):
+                for shard, images in _shards(folder, plan):
+                    for image in images:
+                        yield image["key"], image["etag"], plan["run"], shard
+
+
+def freeze(
+    folder: Folder, run: int, recipe: dict[str, Any], images: Iterable[tuple[Image, int | None, int | None]],
+    say: Callable[[int], None] = lambda rows: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the listing of a run, from what `Listing.images` yields, and its plan; where another driver was first, its.
+
+    Returns {"format", "run", "id": digest of recipe and listing, "images", "shards", "images_per_shard", "listings":
+    [{"path", "sha256"}]}. A file's worth of images is held at a time.
+    """
+    size, number, files, listed = recipe["images_per_shard"], 0, [], hashlib.sha256()
+    for some in _batched(images, size * SHARDS_PER_LISTING):
+        rows = [
+            {"key": x.key, "uri": x.uri, "etag": x.etag, "size": x.size, "run": of_run, "shard": of_shard}
+            for x, of_run, of_shard in some
+        ]
+        for row in rows:
+            listed.update(f"{row['key']}\0{row['etag']}\0{row['size']}\n".encode())
+        data = _parquet(pa.Table.from_pylist(rows, schema=LISTING), size)
+        name = f"{_run(run)}/listing-{len(files):05d}-{_sha256(data)[:16]}.parquet"
+        folder.put(name, data)
+        files.append({"path": name, "sha256": _sha256(data)})
+        number += len(rows)
+        say(len(rows))
+    plan = {
+        "format": 1,
+        "run": run,
+        "id": digest({"recipe": recipe, "images": listed.hexdigest()}),
+        "input_digest": listed.hexdigest(),
+        "images": number,
+        "shards": -(-number // size),
+        "images_per_shard": size,
+        "listings": files,
+    }
+    if folder.create(f"{_run(run)}/plan.json", _json(plan)):
+        return plan
+    return json.loads(folder.get(f"{_run(run)}/plan.json"))
+
+
+def images_of(folder: Folder, plan: dict[str, Any], shard: int) -> list[dict[str, Any]]:
+    """The images of a shard (rows of LISTING), in order of key."""
+    at, group = divmod(shard, SHARDS_PER_LISTING)
+    return pq.ParquetFile(_listing(folder, plan, at)).read_row_group(group).to_pylist()
+
+
+def is_committed(folder: Folder, plan: dict[str, Any], shard: int) -> bool:
+    """Whether some driver has done a shard."""
+    return folder.get(_commit(plan, shard)) is not None
+
+
+def commit(
+    folder: Folder, plan: dict[str, Any], shard: int, images: list[dict[str, Any]], table: pa.Table,
+    facts: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Write the rows of a shard and commit them; returns the commit that counts, another driver's if it was first.
+
+    facts: what is to be known of this attempt (when, where, by which run), which is in no row. Raises RuntimeError
+    unless the table has exactly the shard's images, in order; UserError where the store does not keep what it is given.
+    """
+    if table["image_key"].to_pylist() != [image["key"] for image in images]:
+        raise RuntimeError(f"the rows of shard {shard} are not those of its images, or not in their order")
+    data = _parquet(table)
+    sha = _sha256(data)
+    part = f"{_run(plan['run'])}/part-{shard:05d}-{sha[:16]}.parquet"
+    folder.put(part, data)
+    if folder.get(part) != data:
+        raise UserError(f"{folder.place(part)} is not what was written to it; the storage is not to be trusted.")
+    mine = {"format": 1, "plan": plan["id"], "shard": shard, "part": part, "sha256": sha, **counts(table), **facts}
+    if folder.create(_commit(plan, shard), _json(mine)):
+        return mine
+    first = json.loads(folder.get(_commit(plan, shard)))
+    if first["part"] != part:  # other hardware rounds otherwise
+        folder.delete(part)
+    return first
+
+
+def commits(folder: Folder, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """What is committed of a plan, by shard; a commit whose part is lost or torn is taken back."""
+
+    def verified(name: str) -> dict[str, Any] | None:
+        found = json.loads(folder.get(name))
+        data = folder.get(found["part"])
+        if data is not None and _sha256(data) == found["sha256"]:
+            return found
+        folder.delete(name)
+        return None
+
+    names = folder.names(f"{_run(plan['run'])}/commit-")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return {found["shard"]: found for found in pool.map(verified, names) if found}
+
+
+def finish(
+    folder: Folder, recipe: dict[str, Any], plan: dict[str, Any], done: dict[int, dict[str, Any]]
+) -> dict[str, Any]:
+    """Write the manifest that names the parts of this run, `done` by shard, and of those before it; returns it.
+
+    Raises RuntimeError unless all shards are there, with as many rows as they have images.
+    """
+    size = plan["images_per_shard"]
+    expected = {shard: min(size, plan["images"] - shard * size) for shard in range(plan["shards"])}
+    if {shard: found["images"] for shard, found in done.items()} != expected:
+        raise RuntimeError(f"{folder.uri}: run {plan['run']} is not complete, or has rows that are not of its images")
+    before = folder.get("manifest.json")
+    before = json.loads(before) if before else {"runs": 0, "parts": [], **counts(DETECTIONS.empty_table())}
+    if before["runs"] >= plan["run"]:  # another driver was here
+        return before
+    parts, total = {(part["run"], part["shard"]): part for part in before["parts"]}, add({}, before)
+    for place, keys in sorted(_replaced(folder, plan).items()):
+        old = _read(folder, parts.pop(place))
+        stays = old.filter(pc.invert(pc.is_in(old["image_key"], pa.array(sorted(keys)))))
+        add(total, counts(old), -1)
+        if len(stays):
+            data = _parquet(stays)
+            run, shard = place
+            name = f"{_run(plan['run'])}/kept-{run:04d}-{shard:05d}-{_sha256(data)[:16]}.parquet"
+            folder.put(name, data)
+            parts[place] = {"path": name, "rows": len(stays), "sha256": _sha256(data), "run": run, "shard": shard}
+            add(total, counts(stays))
+    for shard in sorted(done):
+        found = done[shard]
+        parts[plan["run"], shard] = {
+            "path": found["part"], "rows": found["images"], "sha256": found["sha256"], "run": plan["run"],
+            "shard": shard,
+        }  # fmt: skip
+        add(total, found)
+    named = [parts[place] for place in sorted(parts)]
+    manifest = {
+        "format": 2,
+        "runs": plan["run"],
+        "plan": plan["id"],
+        **_tidy(total),
+        "input_digest": digest([before["input_digest"], plan["input_digest"]], 64) if before["runs"]
+        else plan["input_digest"],
+        "output_digest": digest([part["sha256"] for part in named], 64),
+        "model": recipe["model"],
+        "weights_sha256": recipe["weights_sha256"],
+        "score_threshold": recipe["score_threshold"],
+        "score_thresholds": recipe["score_thresholds"],
+        "parts": named,
+    }
+    if sum(part["rows"] for part in named) != manifest["images"]:
+        raise RuntimeError(f"{folder.uri}: the parts hold other than the {manifest['images']} images counted")
+    folder.put("manifest.json", _json(manifest))
+    return manifest
+
+
+def tables(uri: str, say: Callable[[int], None] = lambda rows: None) -> Iterator[pa.Table]:
+    """The tables (DETECTIONS) of a finished prediction, part by part, verified.
+
+    uri: its folder, local or on S3. Raises UserError if it is not finished or a part is not what was written.
+    """
+    folder = Folder(uri)
+    manifest = folder.get("manifest.json")
+    if manifest is None:
+        raise UserError(f"{uri} holds no finished prediction (no manifest.json); run it again.", 2)
+    for part in json.loads(manifest)["parts"]:
+        yield _read(folder, part)
+        say(part["rows"])
+
+
+def detections_of(uri: str) -> pa.Table:
+    """The whole table (DETECTIONS) of a finished prediction, as `tables` gives it."""
+    return pa.concat_tables([DETECTIONS.empty_table(), *tables(uri)])
+
+
+def counts(table: pa.Table) -> dict[str, Any]:
+    """{"images", "ok", "rejects": {reason: n}, "detections": {category name: n}, "scores": [n in each tenth]}"""
+    status = Counter(table["status"].to_pylist())
+    names = table["category_names"].combine_chunks().flatten().to_pylist()
+    scores = [0] * BINS
+    for score in table["scores"].combine_chunks().flatten().to_pylist():
+        scores[min(int(score * BINS), BINS - 1)] += 1
+    ok = status.pop("ok", 0)
+    return {"images": len(table), "ok": ok, "rejects": dict(status), "detections": dict(Counter(names)),
+            "scores": scores}  # fmt: skip
+
+
+def add(total: dict[str, Any], more: dict[str, Any], times: int = 1) -> dict[str, Any]:
+    """total plus what `counts` gave, in place."""
+    for key in ("images", "ok"):
+        total[key] = total.get(key, 0) + times * more[key]
+    for key in ("rejects", "detections"):
+        found = total.setdefault(key, Counter())
+        for name, number in more[key].items():
+            found[name] += times * number
+    total["scores"] = [a + times * b for a, b in zip(total.get("scores", [0] * BINS), more["scores"], strict=True)]
+    return total
+
+
+def _tidy(total: dict[str, Any]) -> dict[str, Any]:
+    """Counts for people: the commonest reasons first, the classes by name."""
+    rejects = sorted(((n, reason) for reason, n in total["rejects"].items() if n), key=lambda one: (-one[0], one[1]))
+    return {
+        "images": total["images"],
+        "ok": total["ok"],
+        "rejected": total["images"] - total["ok"],
+        "rejects": {reason: n for n, reason in rejects},
+        "detections": {name: n for name, n in sorted(total["detections"].items()) if n},
+        "scores": total["scores"],
+    }
+
+
+def _replaced(folder: Folder, plan: dict[str, Any]) -> dict[tuple[int, int], set[str]]:
+    """The keys whose older rows are in parts of runs before, by run and shard of those."""
+    found: dict[tuple[int, int], set[str]] = {}
+    for at in range(len(plan["listings"])):
+        table = pq.read_table(_listing(folder, plan, at), columns=["key", "run", "shard"])
+        for row in table.filter(pc.is_valid(table["run"])).to_pylist():
+            found.setdefault((row["run"], row["shard"]), set()).add(row["key"])
+    return found
+
+
+def _shards(folder: Folder, plan: dict[str, Any]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    numbers = count()
+    for at in range(len(plan["listings"])):
+        file = pq.ParquetFile(_listing(folder, plan, at))
+        for group in range(file.num_row_groups):
+            yield next(numbers), file.read_row_group(group, columns=["key", "etag"]).to_pylist()
+
+
+def _listing(folder: Folder, plan: dict[str, Any], at: int) -> io.BytesIO:
+    listed = plan["listings"][at]
+    data = folder.get(listed["path"])
+    if data is None or _sha256(data) != listed["sha256"]:
+        raise UserError(f"{folder.place(listed['path'])} is not what was written; give another --output.")
+    return io.BytesIO(data)
+
+
+def _read(folder: Folder, part: dict[str, Any]) -> pa.Table:
+    data = folder.get(part["path"])
+    if data is None or _sha256(data) != part["sha256"]:
+        raise UserError(f"{folder.place(part['path'])} is not what was written; delete {folder.uri} and predict again.")
+    return pq.read_table(io.BytesIO(data), schema=DETECTIONS)
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    items = iter(items)
+    return iter(lambda: list(islice(items, size)), [])
+
+
+def _commit(plan: dict[str, Any], shard: int) -> str:
+    return f"{_run(plan['run'])}/commit-{shard:05d}.json"
+
+
+def _run(number: int) -> str:
+    return f"{number:04d}"
+
+
+def _parquet(table: pa.Table, row_group_size: int | None = None) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(table, out, row_group_size=row_group_size, compression="zstd")
+    return out.getvalue()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

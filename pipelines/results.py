@@ -1,0 +1,88 @@
+"""What people take from a table of detections: COCO's results JSON, and pictures."""
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipelines.plan import images_of, tables
+from pipelines.progress import progress, track
+from pipelines.storage import Folder, read_listed
+
+
+def write_coco(uri: str, path: Path, categories: list[dict[str, Any]], ids: dict[str, int] | None) -> Path | None:
+    """Write a finished prediction as COCO's results: [{"image_id", "category_id", "bbox" xywh pixels, "score"}].
+
+    ids: COCO's image ids by key, where the input had any. Otherwise images are numbered in order of key, and the
+    numbers are said in a second file beside it, as a COCO dataset without annotations; returns that file, or None.
+    One part of the table is held at a time. Raises UserError as `tables`.
+    """
+    path = Path(path)
+    named = None if ids is not None else path.with_name(f"{path.stem}.images.json")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    images = []
+    with part.open("w", encoding="utf-8") as file, progress() as bar:
+        task = bar.add_task(path.name, total=None, note="")
+        separator = "["
+        for table in tables(uri, lambda rows: bar.advance(task, rows)):
+            for row in table.to_pylist():
+                if ids is None:
+                    image_id = len(images) + 1
+                    images.append({"id": image_id, "file_name": row["image_key"], "width": row["width"],
+                                   "height": row["height"]})  # fmt: skip
+                else:
+                    image_id = ids[row["image_key"]]
+                for (left, top, right, bottom), score, category in zip(
+                    row["boxes"], row["scores"], row["category_ids"], strict=True
+                ):
+                    found = {"image_id": image_id, "category_id": category,
+                             "bbox": [left, top, right - left, bottom - top], "score": score}  # fmt: skip
+                    file.write(f"{separator}{json.dumps(found)}")
+                    separator = ",\n"
+        file.write("[]\n" if separator == "[" else "]\n")
+    os.replace(part, path)
+    if named is not None:
+        named.write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
+    return named
+
+
+def save_pictures(uri: str, number: int, max_pixels: int, classes: list[str]) -> list[str]:
+    """Draw the detections on some images, spread evenly over a finished prediction, into its folder pictures/.
+
+    Returns where they are; an image that is no longer as it was is left out.
+    """
+    from detr.draw import class_colours, draw_detections
+    from detr.transforms import ImageError, decode_image
+
+    folder = Folder(uri)
+    manifest = json.loads(folder.get("manifest.json"))
+    colours, places, wanted, seen = class_colours(classes), [], set(), 0
+    step = max(1, manifest["ok"] / number)
+    wanted = {int(at * step) for at in range(min(number, manifest["ok"]))}
+    for part, table in track(zip(manifest["parts"], tables(uri), strict=True), "pictures", len(manifest["parts"])):
+        rows = [row for row in table.to_pylist() if row["status"] == "ok"]
+        chosen = [row for at, row in enumerate(rows, seen) if at in wanted]
+        seen += len(rows)
+        if not chosen:
+            continue
+        plan = json.loads(folder.get(f"{part['run']:04d}/plan.json"))
+        listed = {image["key"]: image for image in images_of(folder, plan, part["shard"])}
+        for row in chosen:
+            image = listed[row["image_key"]]
+            data, reason = read_listed(image["uri"], image["etag"], image["size"])
+            try:
+                picture = None if reason else decode_image(data, max_pixels)
+            except ImageError:
+                picture = None
+            if picture is None:
+                continue
+            names = row["category_names"]
+            drawn = draw_detections(picture, row["boxes"], names, row["scores"], [colours[name] for name in names])
+            out = io.BytesIO()
+            drawn.save(out, "JPEG", quality=90)
+            name = f"pictures/{row['image_key'].rpartition('://')[2].strip('/').replace('/', '__')}.jpg"
+            folder.put(name, out.getvalue())
+            places.append(folder.place(name))
+    return places
