@@ -141,9 +141,10 @@ def images_of(folder: Folder, plan: dict[str, Any], shard: int) -> list[dict[str
     return pq.ParquetFile(_listing(folder, plan, at)).read_row_group(group).to_pylist()
 
 
-def is_committed(folder: Folder, plan: dict[str, Any], shard: int) -> bool:
-    """Whether some driver has done a shard."""
-    return folder.get(_commit(plan, shard)) is not None
+def find_commit(folder: Folder, plan: dict[str, Any], shard: int) -> dict[str, Any] | None:
+    """What some driver has committed of a shard, or None."""
+    found = folder.get(_commit(plan, shard))
+    return json.loads(found) if found else None
 
 
 def commit(
@@ -166,7 +167,7 @@ def commit(
     mine = {"format": 1, "plan": plan["id"], "shard": shard, "part": part, "sha256": sha, **counts(table), **facts}
     if folder.create(_commit(plan, shard), _json(mine)):
         return mine
-    first = json.loads(folder.get(_commit(plan, shard)))
+    first = find_commit(folder, plan, shard)
     if first["part"] != part:  # other hardware rounds otherwise
         folder.delete(part)
     return first

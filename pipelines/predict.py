@@ -33,10 +33,10 @@ from pipelines.plan import (
     commit,
     commits,
     counts,
+    find_commit,
     finish,
     freeze,
     images_of,
-    is_committed,
     known_images,
     runs,
 )
@@ -184,7 +184,7 @@ def read_shard(
 
     config = ModelConfig.model_validate(model)
     for shard in batch["shard"].to_pylist():
-        if is_committed(folder, plan, shard):  # of several drivers on one plan
+        if find_commit(folder, plan, shard):  # of several drivers on one plan
             yield _row(BATCHES, shard=shard, batches=ELSEWHERE)
             continue
         waiting: dict[tuple[int, int], list[tuple[int, tuple, Any]]] = {}
@@ -328,12 +328,13 @@ def _detect_plan(
     turn = random.randrange(len(todo))
     todo = todo[turn:] + todo[:turn]
     open_shards: dict[int, list[dict[str, Any]]] = {}
+    seen: dict[int, set[int]] = {}  # images of the open shards that were detected on
     writing: set[Future] = set()
 
     def write(last: dict[str, Any], batches: list[dict[str, Any]]) -> tuple[int, dict[str, Any], bool]:
         shard = last["shard"]
         if last["batches"] == ELSEWHERE:
-            return shard, commits(folder, plan, shard)[shard], False
+            return shard, find_commit(folder, plan, shard), False
         images = images_of(folder, plan, shard)
         table = assemble(images, last, batches, categories, recipe, plan["id"])
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -353,7 +354,7 @@ def _detect_plan(
                     shard, found, mine = future.result()
                     done[shard] = found
                     rejected += found["images"] - found["ok"]
-                    bar.update(task, advance=found["images"], note=_note(rejected))
+                    bar.update(task, advance=found["images"] - len(seen.pop(shard, ())), note=_note(rejected))
                     if mine:
                         yield found
             if rejected > limit:
@@ -371,6 +372,9 @@ def _detect_plan(
             shard = row["shard"]
             mine = open_shards.setdefault(shard, [])
             mine.append(row)
+            arrived = set(row["image"] or ()) - seen.setdefault(shard, set())
+            seen[shard] |= arrived
+            bar.advance(task, len(arrived))
             last = next((one for one in mine if one["batches"] is not None), None)
             if last and last["batches"] in (ELSEWHERE, len(mine) - 1):
                 batches = [one for one in open_shards.pop(shard) if one["batches"] is None]

@@ -58,7 +58,7 @@ def save_pictures(uri: str, number: int, max_pixels: int, classes: list[str]) ->
 
     folder = Folder(uri)
     manifest = json.loads(folder.get("manifest.json"))
-    colours, places, wanted, seen = class_colours(classes), [], set(), 0
+    colours, places, seen = class_colours(classes), [], 0
     step = max(1, manifest["ok"] / number)
     wanted = {int(at * step) for at in range(min(number, manifest["ok"]))}
     for part, table in track(zip(manifest["parts"], tables(uri), strict=True), "pictures", len(manifest["parts"])):
@@ -82,7 +82,8 @@ def save_pictures(uri: str, number: int, max_pixels: int, classes: list[str]) ->
             drawn = draw_detections(picture, row["boxes"], names, row["scores"], [colours[name] for name in names])
             out = io.BytesIO()
             drawn.save(out, "JPEG", quality=90)
-            name = f"pictures/{row['image_key'].rpartition('://')[2].strip('/').replace('/', '__')}.jpg"
+            name = row["image_key"].rpartition("://")[2].strip("/").replace("/", "__")
+            name = f"pictures/{name}{'' if name.lower().endswith(('.jpg', '.jpeg')) else '.jpg'}"
             folder.put(name, out.getvalue())
             places.append(folder.place(name))
     return places

@@ -14,10 +14,10 @@ from pipelines.plan import (
     commit,
     commits,
     detections_of,
+    find_commit,
     finish,
     freeze,
     images_of,
-    is_committed,
     known_images,
     runs,
     tables,
@@ -141,7 +141,7 @@ def test_of_two_listings_the_first_counts(folder):
 def test_two_drivers_leave_one_result(folder, tmp_path):
     plan = freeze(folder, 1, RECIPE, images(*names(10)))
     one = work(folder, plan, [0, 1])
-    assert is_committed(folder, plan, 1) and not is_committed(folder, plan, 2)
+    assert find_commit(folder, plan, 1) == one[1] and find_commit(folder, plan, 2) is None
     # Another one on other hardware, whose scores differ in the last digit, does all of them.
     two = work(folder, plan, score=0.90000004, facts={**FACTS, "attempt": "b"})
     assert [two[shard]["attempt"] for shard in range(3)] == ["a", "a", "b"]
@@ -190,7 +190,7 @@ def test_a_part_that_the_disk_lost_is_done_again(folder, tmp_path, fault):
     else:
         part.write_bytes(part.read_bytes()[:-1])
     assert commits(folder, plan).keys() == {0}
-    assert not is_committed(folder, plan, 1)
+    assert find_commit(folder, plan, 1) is None
     finish(folder, RECIPE, plan, commits(folder, plan) | work(folder, plan, [1]))
     assert detections_of(folder.uri)["image_key"].to_pylist() == names(8)
     part.write_bytes(b"other")
