@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
+PAGE = 100  # keys in one answer; S3's own have 1,000, which take Swift most of a minute to store
 SERVERS = ("account", "container", "object")
 PIPELINE = "catch_errors gatekeeper healthcheck listing_formats bulk s3api tempauth slo dlo proxy-server"
 RING = """
@@ -68,18 +69,27 @@ class ObjectStore:
                     + f"[pipeline:main]\npipeline = {'faulty ' * self.faulty}{PIPELINE}\n"
                     "[filter:faulty]\npaste.filter_factory = faulty_storage:filter_factory\n"
                     "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
-                    "[filter:s3api]\nuse = egg:swift#s3api\nlocation = us-east-1\n"
+                    f"[filter:s3api]\nuse = egg:swift#s3api\nlocation = us-east-1\nmax_bucket_listing = {PAGE}\n"
                     f"[filter:tempauth]\nuse = egg:swift#tempauth\nuser_test_tester = {SECRET_KEY} .admin\n"
                     + "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in filters))  # fmt: skip
-        for name in (*SERVERS, "proxy"):
-            self._start(name)
-        self._wait()
+        self.start()
         return self
 
     def __exit__(self, *error) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it, or start it again with what it has stored."""
+        for name in (*SERVERS, "proxy"):
+            self._start(name)
+        self._wait()
+
+    def stop(self) -> None:
+        """Kill all of it."""
         for process in self.processes:
             process.kill()
             process.wait()
+        self.processes.clear()
 
     def _default(self, name: str) -> str:
         return (
@@ -99,12 +109,14 @@ class ObjectStore:
             self.processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
 
     def _wait(self, seconds: float = 60) -> None:
-        """Until it answers and takes a bucket."""
+        """Until it answers and takes a file."""
         deadline = time.monotonic() + seconds
         client = self.client()
         while True:
             try:
-                client.create_bucket(Bucket="ready")
+                with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                    client.create_bucket(Bucket="ready")
+                client.put_object(Bucket="ready", Key="file")
                 return
             except Exception as error:
                 if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
