@@ -144,7 +144,7 @@ class Listing:
                     bar.update(task, completed=count)
                 yield last
 
-        with progress() as bar:
+        with progress(transient=True) as bar:  # an error is a sentence by itself
             task = bar.add_task("images listed", total=None, note="")
             try:
                 self._fill("INSERT INTO images VALUES (?, ?, ?, ?, ?)", counted())
