@@ -40,7 +40,7 @@ def main(
     places = _points(points, image.size) if points is not None else None
     entries = []
     if dataset is not None:
-        from pipelines.predict import list_images
+        from pipelines.listing import list_images
 
         entries = list_images(dataset, settings)
 
@@ -139,28 +139,20 @@ def _points(text: str, size: tuple[int, int]) -> list[list[float]]:
     return places
 
 
-def _decoded(entries: list[dict], settings, rejects: Counter[str]) -> Iterator:
+def _decoded(entries: list, settings, rejects: Counter[str]) -> Iterator:
     """The images that can be used, one after another; the others' reasons are counted."""
     from detr.transforms import ImageError, decode_image
-    from pipelines.predict import read_rows
+    from pipelines.predict import fetched
     from pipelines.progress import track
-    from pipelines.settings import UserError
-    from pipelines.storage import explain
 
-    size = settings.predict.batch_size
-    batches = [entries[start : start + size] for start in range(0, len(entries), size)]
-    for batch in track(batches, "batches of images", len(batches)):
+    images = [entry._asdict() for entry in entries]
+    for data, reason in track(fetched(images), "images", len(images)):
         try:
-            rows = read_rows(batch).to_pylist()
-        except OSError as error:
-            raise UserError(f"Reading the images failed: {explain(error)}") from error
-        for row in rows:
-            try:
-                if row["error"] is not None:
-                    raise ImageError(row["error"])
-                yield decode_image(row["data"], settings.predict.max_pixels)
-            except ImageError as error:
-                rejects[str(error)] += 1
+            if reason is not None:
+                raise ImageError(reason)
+            yield decode_image(data, settings.predict.max_pixels)
+        except ImageError as error:
+            rejects[str(error)] += 1
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def main(
     on; later, it takes the new images alone.
     """
     from pipelines.settings import UserError
+    from pipelines.storage import filesystem
     from pipelines.workflow import find_model, predict_stage
 
     named = [*inputs, *([given] if given else [])]
@@ -38,6 +39,7 @@ def main(
     images = named[0]
     if show:
         return _show(settings, store, Path(images), model, output)
+    filesystem(images)  # what is not there is said before a model is fetched
     checkpoint, name, version = find_model(settings, store, model)
     record = predict_stage(
         settings, store, images, checkpoint, name, version, output, column, lambda: ray_session(settings)

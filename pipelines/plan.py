@@ -65,10 +65,15 @@ T = TypeVar("T")
 
 
 def claim(folder: Folder, recipe: dict[str, Any]) -> None:
-    """Make an output folder this recipe's; UserError (exit code 2) where it holds results of another."""
-    if folder.create("plan.json", _json(recipe)):
-        return
-    there = json.loads(folder.get("plan.json"))
+    """Make an output folder this recipe's; raises UserError as `refuse_other`."""
+    if not folder.create("plan.json", _json(recipe)):
+        refuse_other(folder, recipe)
+
+
+def refuse_other(folder: Folder, recipe: dict[str, Any]) -> None:
+    """Raise UserError (exit code 2) where an output folder holds results of another recipe."""
+    data = folder.get("plan.json")
+    there = json.loads(data) if data else recipe
     if there != recipe:
         mine, other = flatten(recipe), flatten(there)
         key = next(key for key in sorted({**mine, **other}) if mine.get(key) != other.get(key))
@@ -174,13 +179,16 @@ def commit(
 
 
 def commits(folder: Folder, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """What is committed of a plan, by shard; a commit whose part is lost or torn is taken back."""
+    """What is committed of a plan, by shard; a commit that is torn, or whose part is or is lost, is taken back."""
 
     def verified(name: str) -> dict[str, Any] | None:
-        found = json.loads(folder.get(name))
-        data = folder.get(found["part"])
-        if data is not None and _sha256(data) == found["sha256"]:
-            return found
+        try:
+            found = json.loads(folder.get(name))
+            data = folder.get(found["part"])
+            if data is not None and _sha256(data) == found["sha256"]:
+                return found
+        except json.JSONDecodeError:
+            pass  # of a disk without links, where the driver died in mid-write
         folder.delete(name)
         return None
 

@@ -38,6 +38,7 @@ from pipelines.plan import (
     freeze,
     images_of,
     known_images,
+    refuse_other,
     runs,
 )
 from pipelines.progress import progress
@@ -100,7 +101,8 @@ def predict(
     """
     folder = Folder(str(output))
     recipe = make_recipe(settings, input, column, checkpoint, model_name, model_version)
-    fresh, seconds, done_before, run_id, manifest = add({}, counts(DETECTIONS.empty_table())), 0.0, 0, None, None
+    refuse_other(folder, recipe)  # before the images are listed, which may take long
+    fresh, seconds, run_id, manifest = add({}, counts(DETECTIONS.empty_table())), 0.0, None, None
     while True:
         complete, plan = runs(folder)
         begun = plan is not None
@@ -113,7 +115,6 @@ def predict(
         started = time.monotonic()
         try:
             done = commits(folder, plan)
-            done_before += sum(found["images"] for found in done.values())
             if len(done) < plan["shards"]:
                 with session():
                     for found in _detect_plan(settings, folder, plan, recipe, checkpoint, done, run_id):
@@ -190,7 +191,7 @@ def read_shard(
         waiting: dict[tuple[int, int], list[tuple[int, tuple, Any]]] = {}
         held = sent = 0
         status, sizes = [], []
-        for number, (data, reason) in enumerate(_fetched(images_of(folder, plan, shard))):
+        for number, (data, reason) in enumerate(fetched(images_of(folder, plan, shard))):
             if reason is None:
                 try:
                     image = decode_image(data, recipe["max_pixels"])
@@ -438,8 +439,8 @@ def _stream(
         raise from_task(error) or error from error
 
 
-def _fetched(images: list[dict[str, Any]]) -> Iterator[tuple[bytes | None, str | None]]:
-    """Of each image its bytes or why they cannot be had, in order, some read ahead."""
+def fetched(images: list[dict[str, Any]]) -> Iterator[tuple[bytes | None, str | None]]:
+    """Of each image ("uri", "etag", "size") its bytes or why they cannot be had, in order, some read ahead."""
 
     def fetch(image: dict[str, Any]) -> tuple[bytes | None, str | None]:
         if image["size"] > MOST_BYTES:

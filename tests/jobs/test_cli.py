@@ -118,7 +118,11 @@ def test_image_names_that_leave_their_folder(coco, name):
     assert name in sentence(result)
     listed = folder / "list.txt"
     listed.write_text(f"images/a.png\n{name}\n")
-    result = detr("predict", "--store", str(folder / "store"), "--input", str(listed), "--model", "nowhere")
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"score_threshold": 0.5, "categories": [], "model": {}}')
+    (model / "model.safetensors").write_bytes(b"weights")
+    result = detr("predict", "--store", str(folder / "store"), "--input", str(listed), "--model", str(model))
     assert result.exit_code == 2
     assert name in sentence(result)
 

@@ -180,12 +180,14 @@ def test_rows_that_are_not_the_shards_are_not_committed(folder):
     assert runs(folder) == (0, plan)
 
 
-@pytest.mark.parametrize("fault", ["torn", "lost"])
+@pytest.mark.parametrize("fault", ["torn", "lost", "commit torn"])
 def test_a_part_that_the_disk_lost_is_done_again(folder, tmp_path, fault):
     plan = freeze(folder, 1, RECIPE, images(*names(8)))
     done = work(folder, plan)
     part = tmp_path / "out" / done[1]["part"]
-    if fault == "lost":
+    if fault == "commit torn":
+        (tmp_path / "out" / "0001" / "commit-00001.json").write_text('{"format": 1, "pl')
+    elif fault == "lost":
         part.unlink()
     else:
         part.write_bytes(part.read_bytes()[:-1])

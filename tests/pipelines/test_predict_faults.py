@@ -1,6 +1,7 @@
 """Batch inference on a real S3 server while its processes are killed: in the end the table is the undisturbed run's."""
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -19,6 +20,10 @@ from object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
 from PIL import Image
 
 from pipelines.coco import IMAGE_EXTENSIONS
+from pipelines.plan import claim
+from pipelines.predict import make_recipe
+from pipelines.settings import load_settings
+from pipelines.storage import Folder
 
 SMALL = {"preset": "tiny", "hidden_dim": 32, "enc_layers": 1, "dec_layers": 1, "num_queries": 10,
          "dim_feedforward": 32, "image_size": 128, "num_classes": 3}  # fmt: skip
@@ -180,6 +185,55 @@ def compare(store: ObjectStore, bucket: str, keys: list[str], calm: dict, torn: 
     assert other.equals(one)
     assert torn["output_digest"] == calm["output_digest"]  # the same bytes
     assert torn["rejects"] == calm["rejects"] and torn["images"] == len(keys)
+
+
+@pytest.fixture(scope="module")
+def buckets(store) -> None:
+    """One that is empty, and one that is another user's."""
+    store.client().create_bucket(Bucket="empty")
+    upload(store, "some", make_images(3, 0))
+
+
+@pytest.mark.parametrize("case, words", [
+    ("empty", "There is no image below s3://empty"),
+    ("gone", "There is no bucket or folder s3://gone"),
+    ("denied", "access is denied"),
+    ("denied output", "access is denied"),
+    ("no output", "there is no such bucket"),
+    ("no model", "no model 'nobody' with the alias 'champion'"),
+    ("another plan", "holds results of another plan (score_threshold was 0.4, now 0.0); give another --output"),
+    ("no store", "the object store does not answer"),
+])  # fmt: skip
+def test_what_cannot_be_is_one_sentence_and_wrong_use(store, buckets, checkpoint, tmp_path, case, words):
+    given = {"empty": "s3://empty", "gone": "s3://gone/in"}.get(case, "s3://some/in")
+    output = {"no output": "s3://nowhere/out", "denied output": "s3://some/out"}.get(case, str(tmp_path / "out"))
+    environment = {
+        **os.environ, "AWS_ENDPOINT_URL": store.endpoint, "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": "wrong" if case.startswith("denied") else SECRET_KEY,
+    }  # fmt: skip
+    if case == "denied output":
+        folder = tmp_path / "in"
+        folder.mkdir()
+        (folder / "a.jpg").write_bytes(next(iter(make_images(1, 0).values())))
+        given = str(folder)
+    if case == "no store":
+        environment["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
+    if case == "another plan":
+        settings = load_settings(None, ["predict.score_threshold=0.4"])
+        claim(Folder(output), make_recipe(settings, given, None, checkpoint, *model_of(checkpoint)))
+    model = "models:/nobody@champion" if case == "no model" else str(checkpoint)
+    command = [sys.executable, "-m", "jobs.cli", "predict", given, "--output", output, "--model", model,
+               "--store", str(tmp_path / "store"), "--json"]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert words in error and error.count("\n") == 0
+    assert "Traceback" not in done.stderr and SECRET_KEY not in done.stdout + done.stderr
+
+
+def model_of(checkpoint: Path) -> tuple[str, str]:
+    """The name and version that a plain folder has."""
+    return checkpoint.name, hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 @pytest.mark.ray
