@@ -69,6 +69,7 @@ class ObjectStore:
                     + f"[pipeline:main]\npipeline = {'faulty ' * self.faulty}{PIPELINE}\n"
                     "[filter:faulty]\npaste.filter_factory = faulty_storage:filter_factory\n"
                     "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
+                    "error_suppression_limit = 1000000\n"  # servers that are not up yet are not to be passed over
                     f"[filter:s3api]\nuse = egg:swift#s3api\nlocation = us-east-1\nmax_bucket_listing = {PAGE}\n"
                     f"[filter:tempauth]\nuse = egg:swift#tempauth\nuser_test_tester = {SECRET_KEY} .admin\n"
                     + "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in filters))  # fmt: skip
