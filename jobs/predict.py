@@ -117,10 +117,9 @@ def _show(settings, store: Path, path: Path, model: str | None, output: str | No
         raise UserError(f"{error}.") from error
     threshold, of_classes = thresholds(settings, read_json(checkpoint / "config.json"))
     least = label_thresholds(detector.categories, threshold, of_classes)
-    found = detector.detect([image])[0]
-    keep = found["scores"] >= least[found["labels"]]
-    boxes, scores = found["boxes"][keep], found["scores"][keep]
-    names = [detector.categories[label]["name"] for label in found["labels"][keep]]
+    (found,) = detector.detect([image], least)
+    boxes, scores = found["boxes"], found["scores"]
+    names = [detector.categories[label]["name"] for label in found["labels"]]
     target = Path(output) if output else Path(f"{path.stem}.detections.png")
     draw_detections(image, boxes, names, scores).save(target)
     detections = [

@@ -48,12 +48,11 @@ class DetectionModel(mlflow.pyfunc.PythonModel):
                 places.append(number)
             except (ImageError, OSError) as error:
                 row["status"] = str(error)
-        for number, found in zip(places, self.detector.detect(images) if images else [], strict=True):
-            keep = found["scores"] >= least[found["labels"]]
-            labels = found["labels"][keep].tolist()
+        for number, found in zip(places, self.detector.detect(images, least), strict=True):
+            labels = found["labels"].tolist()
             rows[number] |= {
-                "boxes": found["boxes"][keep].tolist(),
-                "scores": found["scores"][keep].tolist(),
+                "boxes": found["boxes"].tolist(),
+                "scores": found["scores"].tolist(),
                 "category_ids": [categories[label]["id"] for label in labels],
                 "category_names": [categories[label]["name"] for label in labels],
             }

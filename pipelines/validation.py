@@ -51,12 +51,14 @@ def validate(
 def find_objects(detector: Detector, dataset_folder: Path, settings: RunSettings, rank: int, workers: int) -> pa.Table:
     """What a detector finds on one worker's part of the split "val" (evaluate.DETECTIONS).
 
-    Images share a batch with the same others whatever the number of workers, and as `evaluate` has them: how far an
-    image is padded changes what is found on it in the third digit.
+    Images share a batch with the same others whatever the number of workers: to the last digits, what is found on an
+    image depends on how many are in its batch.
     """
     size, tables = settings.evaluate.batch_size, [DETECTIONS.empty_table()]
     for shard in split_shards(dataset_folder, "val"):  # one at a time: the images need not fit in memory together
-        images = pq.read_table(shard, columns=["image_id", "file_name", "image"])
+        images = pq.read_table(shard, columns=["image_id", "file_name", "image", "width", "height"])
+        # Only images of like size can share a batch.
+        images = images.sort_by([(key, "ascending") for key in ("height", "width", "image_id")])
         for start in range(rank * size, len(images), workers * size):
             tables.append(detect_rows(detector, images.slice(start, size), settings.ingest.max_pixels))
     return pa.concat_tables(tables)
