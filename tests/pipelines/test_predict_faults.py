@@ -179,8 +179,10 @@ def disturb(
         wanted = before + chance.choice((0, 0, 1, shards // 10))
 
 
-def compare(store: ObjectStore, bucket: str, keys: list[str], calm: dict, torn: dict, monkeypatch) -> None:
-    one, other = (table_of(store, bucket, output, monkeypatch) for output in ("calm", "torn"))
+def compare(
+    store: ObjectStore, bucket: str, output: str, keys: list[str], calm: dict, torn: dict, monkeypatch
+) -> None:
+    one, other = (table_of(store, bucket, name, monkeypatch) for name in ("calm", output))
     assert other["image_key"].to_pylist() == sorted(keys, key=str.encode)
     assert other.equals(one)
     assert torn["output_digest"] == calm["output_digest"]  # the same bytes
@@ -236,31 +238,37 @@ def model_of(checkpoint: Path) -> tuple[str, str]:
     return checkpoint.name, hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
+@pytest.fixture(scope="module")
+def few(store, checkpoint, tmp_path_factory) -> tuple[dict[str, bytes], dict]:
+    """The bucket "few": its images, and what an undisturbed run says of it, whose output is in calm/."""
+    images = make_images(250, 10)
+    upload(store, "few", images)
+    calm = Driver(store, tmp_path_factory.mktemp("calm"), "few", "calm", checkpoint).wait(300)
+    assert (calm["images"], calm["rejected"]) == (250, 10)
+    return images, calm
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_killed_driver_actor_and_storage_leave_the_undisturbed_table(store, checkpoint, tmp_path, monkeypatch):
-    images = make_images(500, 20)
-    upload(store, "few", images)
-    calm = Driver(store, tmp_path, "few", "calm", checkpoint).wait(300)
-    assert (calm["images"], calm["rejected"]) == (500, 20)
-    torn = disturb(store, tmp_path, "few", checkpoint, ["actor", "storage", "driver"], 0, 20)
+def test_killed_driver_actor_and_storage_leave_the_undisturbed_table(store, few, checkpoint, tmp_path, monkeypatch):
+    images, calm = few
+    torn = disturb(store, tmp_path, "few", checkpoint, ["actor", "storage", "driver"], 0, 10)
     assert torn["reused_images"] > 0
-    compare(store, "few", list(images), calm, torn, monkeypatch)
+    compare(store, "few", "torn", list(images), calm, torn, monkeypatch)
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_two_drivers_on_one_plan_leave_one_table(store, checkpoint, tmp_path, monkeypatch):
-    images = make_images(300, 5)
-    upload(store, "both", images)
-    drivers = [Driver(store, tmp_path, "both", "torn", checkpoint, name) for name in ("one", "other")]
+def test_two_drivers_on_one_plan_leave_one_table(store, few, checkpoint, tmp_path, monkeypatch):
+    images, calm = few
+    drivers = [Driver(store, tmp_path, "few", "twice", checkpoint, name) for name in ("one", "other")]
     one, other = (driver.wait(400) for driver in drivers)
     assert one and other, [driver.said() for driver in drivers]
     assert one["output_digest"] == other["output_digest"] and one["plan"] == other["plan"]
-    calm = Driver(store, tmp_path, "both", "calm", checkpoint).wait(300)
-    compare(store, "both", list(images), calm, other, monkeypatch)
-    listed = store.client().list_objects_v2(Bucket="both", Prefix="torn/0001/part-")
-    assert listed["KeyCount"] == 12  # no second part of a shard
+    assert one["new"]["images"] + other["new"]["images"] == 250  # who was first with a shard has it
+    compare(store, "few", "twice", list(images), calm, other, monkeypatch)
+    listed = store.client().list_objects_v2(Bucket="few", Prefix="twice/0001/part-")
+    assert listed["KeyCount"] == 10  # no second part of a shard
 
 
 @pytest.mark.ray
@@ -282,4 +290,4 @@ def test_ten_kills_among_two_thousand_images_leave_the_undisturbed_table(
     kinds = ["driver", "actor", "storage"] * 3 + ["driver"]
     random.Random(seed).shuffle(kinds)
     torn = disturb(store, tmp_path, "many", checkpoint, kinds, seed, 80)
-    compare(store, "many", list(images), calm, torn, monkeypatch)
+    compare(store, "many", "torn", list(images), calm, torn, monkeypatch)
