@@ -4,12 +4,15 @@ from __future__ import annotations
 import io
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipelines.plan import images_of, tables
 from pipelines.progress import progress, track
 from pipelines.storage import Folder, read_listed
+
+SEPARATOR = ",\n"
 
 
 def write_coco(uri: str, path: Path, categories: list[dict[str, Any]], ids: dict[str, int] | None) -> Path | None:
@@ -21,31 +24,46 @@ def write_coco(uri: str, path: Path, categories: list[dict[str, Any]], ids: dict
     """
     path = Path(path)
     named = None if ids is not None else path.with_name(f"{path.stem}.images.json")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    images = []
-    with part.open("w", encoding="utf-8") as file, progress() as bar:
-        task = bar.add_task(path.name, total=None, note="")
-        separator = "["
+    parts = [place.with_name(f".{place.name}.{os.getpid()}") for place in (path, named) if place]
+    with ExitStack() as stack:
+        files = [stack.enter_context(part.open("w", encoding="utf-8")) for part in parts]
+        found = _Items(files[0], "[")
+        start = f'{{"categories": {json.dumps(categories)}, "annotations": [], "images": ['
+        images = _Items(files[1], start) if named else None
+        bar = stack.enter_context(progress())
+        task, number = bar.add_task(path.name, total=None, note=""), 0
         for table in tables(uri, lambda rows: bar.advance(task, rows)):
             for row in table.to_pylist():
-                if ids is None:
-                    image_id = len(images) + 1
-                    images.append({"id": image_id, "file_name": row["image_key"], "width": row["width"],
-                                   "height": row["height"]})  # fmt: skip
-                else:
-                    image_id = ids[row["image_key"]]
+                number += 1
+                image_id = number if ids is None else ids[row["image_key"]]
+                if images:
+                    images.add({"id": image_id, "file_name": row["image_key"], "width": row["width"],
+                                "height": row["height"]})  # fmt: skip
                 for (left, top, right, bottom), score, category in zip(
                     row["boxes"], row["scores"], row["category_ids"], strict=True
                 ):
-                    found = {"image_id": image_id, "category_id": category,
-                             "bbox": [left, top, right - left, bottom - top], "score": score}  # fmt: skip
-                    file.write(f"{separator}{json.dumps(found)}")
-                    separator = ",\n"
-        file.write("[]\n" if separator == "[" else "]\n")
-    os.replace(part, path)
-    if named is not None:
-        named.write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
+                    found.add({"image_id": image_id, "category_id": category,
+                               "bbox": [left, top, right - left, bottom - top], "score": score})  # fmt: skip
+        found.end("]")
+        if images:
+            images.end("]}")
+    for part, place in zip(parts, (path, named), strict=False):
+        os.replace(part, place)
     return named
+
+
+class _Items:
+    """A JSON list that is written item by item."""
+
+    def __init__(self, file: TextIO, start: str):
+        self.file, self.before = file, start
+
+    def add(self, item: dict[str, Any]) -> None:
+        self.file.write(f"{self.before}{json.dumps(item)}")
+        self.before = SEPARATOR
+
+    def end(self, text: str) -> None:
+        self.file.write(f"{'' if self.before == SEPARATOR else self.before}{text}\n")
 
 
 def save_pictures(uri: str, number: int, max_pixels: int, classes: list[str]) -> list[str]:
