@@ -416,7 +416,7 @@ def _stream(
                        "model": read_json(Path(checkpoint) / "config.json")["model"]},
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=1,
+            num_cpus=0.9,  # other than the actors', or Ray Data would make one operator of both
             concurrency=readers,
         )
         .map_batches(
