@@ -15,7 +15,6 @@ from detr.attention import MultiheadAttention
 from detr.backbone import fold_norms
 from detr.batch import normalise, pad_images, padded_shape, prepare, same_shape_batches, shape_step
 from detr.checkpoint import load_checkpoint
-from detr.compiling import compile_layers
 from detr.model import DETR
 from detr.postprocess import PostProcess
 from detr.segmentation import DETRsegm
@@ -33,9 +32,9 @@ class Detector:
     array, the model's own for each label, from score_thresholds ({category id as text: threshold}), which falls back to
     score_threshold. None of them is applied unless it is given to `detect`.
 
-    precision: bfloat16 halves time and memory where the hardware has it; what the heads compute stays float32, since
-    a box in bfloat16 is off by pixels. compile: torch.compile the backbone and the encoder, which takes a minute for
-    each new shape of batch, and pays where there are many batches of few shapes.
+    precision: bfloat16 halves time and memory of a large model where the hardware has it; what the heads compute stays
+    float32, since a box in bfloat16 is off by pixels. compile: torch.compile the backbone and the encoder, which takes
+    about a minute at the first batch, and again when shapes change; `compiled` then says what came of it.
     """
 
     def __init__(
@@ -52,7 +51,11 @@ class Detector:
         self.precision = precision
         if precision == "bfloat16":
             _to_bfloat16(self.model)
-        self.compiled = compile_layers(self.model) if compile else None  # says what came of it
+        self.compiled = None
+        if compile:
+            from detr.compiling import compile_layers  # slow to import, and seldom needed
+
+            self.compiled = compile_layers(self.model)
         self.categories = categories
         self.score_threshold = score_threshold
         self.thresholds = label_thresholds(categories, score_threshold, score_thresholds)

@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from detr import compiling
 from detr.batch import pad_images, prepare
-from detr.compiling import compile_layers
 from detr.config import ModelConfig
 from detr.model import DETR
 from detr.queries import make_denoising_queries
-from pipelines import detect
 from pipelines.detect import Detector
 
 SMALL = {"hidden_dim": 32, "nheads": 4, "dim_feedforward": 64, "num_queries": 12, "num_classes": 3, "dropout": 0.0}
@@ -210,7 +209,7 @@ def test_bfloat16_takes_half_the_memory_for_all_but_heads_and_norms():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_compiled_detector_finds_the_same(precision, monkeypatch):
-    monkeypatch.setattr(detect, "compile_layers", functools.partial(compile_layers, backend="eager"))
+    monkeypatch.setattr(compiling, "compile_layers", functools.partial(compiling.compile_layers, backend="eager"))
     images = make_images([(60, 90), (90, 60), (64, 96)])
     try:
         plain = Detector(make_model("learned"), CATEGORIES, precision=precision)
