@@ -7,8 +7,6 @@ rows together and commits them (pipelines/plan.py).
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import random
 import socket
 import time
@@ -16,7 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,9 @@ from pipelines.evaluate import places
 from pipelines.listing import Listing, find_images
 from pipelines.plan import (
     DETECTIONS,
+    Done,
     add,
+    begun_plan,
     claim,
     commit,
     commits,
@@ -38,8 +38,8 @@ from pipelines.plan import (
     freeze,
     images_of,
     known_images,
+    load_manifest,
     refuse_other,
-    runs,
 )
 from pipelines.progress import progress
 from pipelines.settings import RunSettings, UserError, digest
@@ -54,6 +54,8 @@ MOST_BYTES = 2**30  # of a file
 MOST_HELD = 2**27  # bytes of decoded images that wait for others of their shape
 BLOCK = 2**25  # bytes that go to a model actor at once
 COMMITTERS = 8  # shards that are written at once
+TASK_RETRIES = 4  # of a task whose process died
+ROUNDS = 3  # how often a shard is begun whose answers do not fit together
 
 BATCHES = pa.schema(
     [
@@ -92,22 +94,32 @@ def predict(
     A run that was stopped is gone on with, as it was planned; then the input is listed again. session: what to run
     Ray in. With a tracker each run is one in MLflow, found again by its plan.
 
-    Returns {"folder", "plan", "runs", and over all runs "images", "ok", "rejected", "rejects": {reason: n},
-    "detections": {category name: n}, "scores": [n in each tenth]; "reused_images" (done before); "new": the same
-    counts of this call's images, "seconds", "images_per_second", "cost_per_1000_images" (None without
-    predict.cost_per_hour); "score_threshold", "score_thresholds", "input_digest", "output_digest", "run_id"}.
+    Returns {"folder", "plan", "runs", and over all runs "images", "ok", "rejected", "rejects": {kind of reason: n},
+    "detections": {category name: n}, "scores": [n in each tenth]; "new": the same counts of the runs that this call
+    ended, "images_here": those it did itself, "reused_images": all others; "seconds", "images_per_second",
+    "cost_per_1000_images" (None without predict.cost_per_hour), of its own; "score_threshold", "score_thresholds",
+    "input_digest", "output_digest", "run_id"}.
+
     Raises UserError where there is no image, the output is another plan's, a store does not answer, or more than
-    `predict.max_reject_fraction` of the images cannot be read; what was committed stays.
+    `predict.max_reject_fraction` of the table's images cannot be used; what was committed stays. Started again after
+    that with the same limit, it lists the images anew, of which some may have been mended.
     """
     folder = Folder(str(output))
     recipe = make_recipe(settings, input, column, checkpoint, model_name, model_version)
     refuse_other(folder, recipe)  # before the images are listed, which may take long
-    fresh, seconds, run_id, manifest = add({}, counts(DETECTIONS.empty_table())), 0.0, None, None
-    while True:
-        complete, plan = runs(folder)
-        begun = plan is not None
-        if plan is None:
-            plan = _new_plan(settings, folder, recipe, complete, input, column)
+    manifest, run_id = load_manifest(folder), None
+    new, here, seconds = add({}, counts(DETECTIONS.empty_table())), 0, 0.0
+    if tracker is not None and manifest:
+        _end_run(tracker, tracker.find_run(_tags(manifest["plan"])), manifest, {})  # a kill may have come before it
+    plan, again = begun_plan(folder, manifest), True
+    if plan is not None:
+        done = commits(folder, plan)
+        if _reasons_to_stop(settings, manifest, plan, done):
+            manifest, plan = finish(folder, recipe, plan, done, partial=True), None
+        else:
+            again = False  # a run that was killed is to end as one that was not
+    for _ in range(1 if again else 2):  # what was begun, and what came since
+        plan = plan or _new_plan(settings, folder, recipe, manifest, input, column, again)
         if plan is None:
             break
         if tracker is not None:
@@ -115,31 +127,38 @@ def predict(
         started = time.monotonic()
         try:
             done = commits(folder, plan)
-            if len(done) < plan["shards"]:
+            before = done.total["images"]
+            if len(done.shards) < plan["shards"]:
                 with session():
-                    for found in _detect_plan(settings, folder, plan, recipe, checkpoint, done, run_id):
-                        add(fresh, found)
+                    for found in _detect_plan(settings, folder, manifest, plan, recipe, checkpoint, done, run_id):
+                        here += found["images"]
+            _stop_for(_reasons_to_stop(settings, manifest, plan, done), folder)
             manifest = finish(folder, recipe, plan, done)
         except BaseException as error:
             if tracker is not None:
-                tracker.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                _fail_run(tracker, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-        seconds += time.monotonic() - started
+        spent = time.monotonic() - started
+        seconds += spent
+        of_run = done.total
+        add(new, of_run)
         if tracker is not None:
-            _end_run(tracker, run_id, manifest, plan, fresh, _speed(settings, fresh["images"], seconds))
-        if not begun:
-            break
-    manifest = manifest or json.loads(folder.get("manifest.json"))
-    shown = ("runs", "images", "ok", "rejected", "rejects", "detections", "scores", "score_threshold",
-             "score_thresholds", "input_digest")  # fmt: skip
+            speed = _speed(settings, plan["images"] - before, spent)
+            _end_run(tracker, run_id, manifest, {**speed, "images": of_run["images"],
+                                                 "rejected": of_run["images"] - of_run["ok"],
+                                                 "detections": of_run["detections"].total()})  # fmt: skip
+        plan = None
+    _stop_for(_reasons_to_stop(settings, manifest, None, Done()), folder)
+    shown = ("images", "ok", "rejected", "rejects", "detections", "scores", "score_threshold", "score_thresholds",
+             "input_digest", "output_digest", "plan")  # fmt: skip
     return {
         "folder": folder.uri,
-        "plan": manifest["plan"],
         **{key: manifest[key] for key in shown},
-        "reused_images": manifest["images"] - fresh["images"],
-        "new": {**fresh, "rejected": fresh["images"] - fresh["ok"]},
-        **_speed(settings, fresh["images"], seconds),
-        "output_digest": manifest["output_digest"],
+        "runs": len(manifest["plans"]),
+        "new": {**new, "rejected": new["images"] - new["ok"]},
+        "images_here": here,
+        "reused_images": max(0, manifest["images"] - here),
+        **_speed(settings, here, seconds),
         "run_id": run_id,
     }
 
@@ -154,7 +173,7 @@ def make_recipe(
     return {
         "format": 2,
         "rows": ROWS,
-        "input": str(input) if "://" in str(input) else str(Path(input).expanduser().absolute()),
+        "input": str(input).rstrip("/") if "://" in str(input) else str(Path(input).expanduser().absolute()),
         "column": column,
         "model": {"name": model_name, "version": str(model_version)},
         "weights_sha256": _sha256(Path(checkpoint) / "model.safetensors"),
@@ -192,19 +211,24 @@ def read_shard(
         held = sent = 0
         status, sizes = [], []
         for number, (data, reason) in enumerate(fetched(images_of(folder, plan, shard))):
+            parts = []
             if reason is None:
                 try:
                     image = decode_image(data, recipe["max_pixels"])
+                    for x, y, width, height in _parts(*image.size, recipe):
+                        part = image.crop((x, y, x + width, y + height))
+                        parts.append(((x, y, width, height), prepare(part, config)))
                 except ImageError as error:
                     reason = str(error)
+                except MemoryError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - one odd image is not to end a night's work
+                    reason = f"it cannot be used ({type(error).__name__}: {error})"
             status.append(reason or "ok")
             sizes.append((0, 0) if reason else image.size)
             if reason:
                 continue
-            parts = tiles(*image.size, recipe["tile"], recipe["tile_overlap"]) if recipe["tile"] else []
-            for x, y, width, height in [(0, 0, *image.size), *parts]:
-                part = image.crop((x, y, x + width, y + height)) if (width, height) != image.size else image
-                pixels = prepare(part, config)
+            for (x, y, width, height), pixels in parts:
                 shape = padded_shape(config, width, height)
                 waiting.setdefault(shape, []).append((number, (x, y, width, height), pixels))
                 held += pixels.nbytes
@@ -220,6 +244,12 @@ def read_shard(
             sent += 1
         widths, heights = zip(*sizes, strict=True)
         yield _row(BATCHES, shard=shard, batches=sent, status=status, widths=widths, heights=heights)
+
+
+def _parts(width: int, height: int, recipe: dict[str, Any]) -> list[tuple[int, int, int, int]]:
+    """What of an image the model is shown (x, y, width, height): all of it, and its tiles."""
+    return [(0, 0, width, height), *(tiles(width, height, recipe["tile"], recipe["tile_overlap"])
+                                     if recipe["tile"] else [])]  # fmt: skip
 
 
 class DetectBatches:
@@ -261,9 +291,14 @@ class DetectBatches:
 def assemble(
     images: list[dict[str, Any]], last: dict[str, Any], batches: list[dict[str, Any]],
     categories: list[dict[str, Any]], recipe: dict[str, Any], plan_id: str,
-) -> pa.Table:  # fmt: skip
-    """A shard's images, its last row and its batches (FOUND, as dicts) -> its rows (DETECTIONS), in order of key."""
+) -> pa.Table | None:  # fmt: skip
+    """A shard's images, its last row and its batches (FOUND, as dicts) -> its rows (DETECTIONS), in order of key.
+
+    None unless there is one answer for each image that could be used, and for each of its tiles, and for no other.
+    """
     found: list[list[tuple[tuple, dict[str, np.ndarray]]]] = [[] for _ in images]
+    if len(last["status"]) != len(images) or any(max(batch["image"]) >= len(images) for batch in batches):
+        return None
     for batch in batches:
         ends = np.cumsum(batch["counts"])[:-1]
         boxes = np.split(np.asarray(batch["boxes"], np.float32).reshape(-1, 4), ends)
@@ -273,6 +308,9 @@ def assemble(
             found[number].append((tuple(part), dict(zip(("boxes", "scores", "labels"), one, strict=True))))
     rows = []
     for number, (image, status) in enumerate(zip(images, last["status"], strict=True)):
+        expected = _parts(last["widths"][number], last["heights"][number], recipe) if status == "ok" else []
+        if sorted(part for part, _ in found[number]) != sorted(expected):
+            return None
         row = {
             "image_key": image["key"], "etag": image["etag"], "size": image["size"], "status": status, "boxes": [],
             "scores": [], "category_ids": [], "category_names": [], "model_name": recipe["model"]["name"],
@@ -296,94 +334,122 @@ def assemble(
 
 
 def _new_plan(
-    settings: RunSettings, folder: Folder, recipe: dict[str, Any], complete: int, input: str, column: str | None
-) -> dict[str, Any] | None:
+    settings: RunSettings, folder: Folder, recipe: dict[str, Any], manifest: dict[str, Any] | None, input: str,
+    column: str | None, again: bool,
+) -> dict[str, Any] | None:  # fmt: skip
     """List the input, and plan what is new in it; None where nothing is."""
     inside = folder.uri.rstrip("/") + "/"  # pictures that were drawn before are no input
     found = (image for image in find_images(input, settings, column) if not image.uri.startswith(inside))
     with Listing() as listing:
         listing.add(found, str(input))
         claim(folder, recipe)
-        if complete:
-            listing.known(known_images(folder, complete))
+        if manifest:
+            listing.known(known_images(folder, manifest, again))
         number = listing.count()
-        if not number and not complete:  # all of them are the output's own
+        if not number and not manifest:  # all of them are the output's own
             raise UserError(f"There is no image in {input} but what lies in {folder.uri}; give other images.", 2)
         if not number:
             return None
+        run = len(manifest["plans"]) + 1 if manifest else 1
         with progress() as bar:
             task = bar.add_task("plan", total=number, note="")
-            return freeze(folder, complete + 1, recipe, listing.images(), lambda rows: bar.advance(task, rows))
+            return freeze(folder, run, recipe, listing.images(), lambda rows: bar.advance(task, rows))
+
+
+def _reasons_to_stop(
+    settings: RunSettings, manifest: dict[str, Any] | None, plan: dict[str, Any] | None,
+    done: Done,
+) -> str | None:  # fmt: skip
+    """What is to be said where too many images of the table, with what is done of a plan, were rejected; else None."""
+    total = add(add({}, manifest or counts(DETECTIONS.empty_table())), done.total)
+    replaced = plan["replaced"] if plan else 0  # at best all of them were rejects
+    rejected = total["images"] - total["ok"] - min(replaced, manifest["rejected"] if manifest else 0)
+    images = (manifest["images"] - replaced if manifest else 0) + (plan["images"] if plan else 0)
+    limit = settings.predict.max_reject_fraction
+    if rejected <= limit * images:
+        return None
+    reason, number = total["rejects"].most_common(1)[0]
+    return (
+        f"{rejected} of {images} images cannot be used, more than predict.max_reject_fraction {limit} allows; "
+        f"{number} because {reason}"
+    )
+
+
+def _stop_for(reasons: str | None, folder: Folder) -> None:
+    if reasons:
+        raise UserError(
+            f"{reasons}. What was done is kept in {folder.uri}: mend the images or raise the limit, and run it again."
+        )
 
 
 def _detect_plan(
-    settings: RunSettings, folder: Folder, plan: dict[str, Any], recipe: dict[str, Any], checkpoint: Path,
-    done: dict[int, dict[str, Any]], run_id: str | None,
+    settings: RunSettings, folder: Folder, manifest: dict[str, Any] | None, plan: dict[str, Any],
+    recipe: dict[str, Any], checkpoint: Path, done: Done, run_id: str | None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Do the shards that are not in `done` and put their commits there; yields those of this driver."""
+    """Do the shards that are not in `done` and note them there; yields the commits of this driver."""
     categories = read_json(Path(checkpoint) / "config.json")["categories"]
     facts = {"attempt": uuid.uuid4().hex, "host": socket.gethostname(), "run_id": run_id}
-    total, limit = plan["images"], settings.predict.max_reject_fraction * plan["images"]
-    # Drivers that work on one plan by mistake begin at different ends, and leave each other what they have done.
-    todo = [shard for shard in range(plan["shards"]) if shard not in done]
-    turn = random.randrange(len(todo))
-    todo = todo[turn:] + todo[:turn]
     open_shards: dict[int, list[dict[str, Any]]] = {}
     seen: dict[int, set[int]] = {}  # images of the open shards that were detected on
     writing: set[Future] = set()
 
-    def write(last: dict[str, Any], batches: list[dict[str, Any]]) -> tuple[int, dict[str, Any], bool]:
+    def write(last: dict[str, Any], batches: list[dict[str, Any]]) -> tuple[int, dict[str, Any] | None]:
         shard = last["shard"]
         if last["batches"] == ELSEWHERE:
-            return shard, find_commit(folder, plan, shard), False
+            return shard, find_commit(folder, plan, shard)
         images = images_of(folder, plan, shard)
         table = assemble(images, last, batches, categories, recipe, plan["id"])
+        if table is None:
+            return shard, None
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        found = commit(folder, plan, shard, images, table, {"finished": now, **facts})
-        return shard, found, found["attempt"] == facts["attempt"]
+        return shard, commit(folder, plan, shard, images, table, {"finished": now, **facts})
 
     with progress() as bar, ThreadPoolExecutor(COMMITTERS) as pool:
-        before = sum(found["images"] for found in done.values())
-        rejected = before - sum(found["ok"] for found in done.values())
-        task = bar.add_task("predict", total=total, completed=before, note=_note(rejected))
+        task = bar.add_task("predict", total=plan["images"], note=_note(done), completed=done.total["images"])
 
         def settle(all_of_them: bool) -> Iterator[dict[str, Any]]:
-            nonlocal writing, rejected
+            nonlocal writing
             while writing and (all_of_them or len(writing) >= 2 * COMMITTERS):
                 ready, writing = wait(writing, return_when=FIRST_COMPLETED)
                 for future in ready:
-                    shard, found, mine = future.result()
-                    done[shard] = found
-                    rejected += found["images"] - found["ok"]
-                    bar.update(task, advance=found["images"] - len(seen.pop(shard, ())), note=_note(rejected))
-                    if mine:
+                    shard, found = future.result()
+                    counted = len(seen.pop(shard, ()))
+                    if found is None:
+                        bar.advance(task, -counted)
+                        continue
+                    done.take(found)
+                    bar.update(task, advance=found["images"] - counted, note=_note(done))
+                    if found["images"] > found["ok"]:
+                        _stop_for(_reasons_to_stop(settings, manifest, plan, done), folder)
+                    if found["attempt"] == facts["attempt"]:
                         yield found
-            if rejected > limit:
-                reasons = add({}, counts(DETECTIONS.empty_table()))
-                for found in done.values():
-                    add(reasons, found)
-                reason, number = reasons["rejects"].most_common(1)[0]
-                raise UserError(
-                    f"{rejected} of {total} images cannot be used, more than predict.max_reject_fraction "
-                    f"{settings.predict.max_reject_fraction} allows; {number} because {reason}. What was done is "
-                    f"kept in {folder.uri}: mend the images or raise the limit, and run it again."
-                )
 
-        for row in _stream(settings, todo, folder, plan, recipe, checkpoint):
-            shard = row["shard"]
-            mine = open_shards.setdefault(shard, [])
-            mine.append(row)
-            arrived = set(row["image"] or ()) - seen.setdefault(shard, set())
-            seen[shard] |= arrived
-            bar.advance(task, len(arrived))
-            last = next((one for one in mine if one["batches"] is not None), None)
-            if last and last["batches"] in (ELSEWHERE, len(mine) - 1):
-                batches = [one for one in open_shards.pop(shard) if one["batches"] is None]
-                writing.add(pool.submit(write, last, batches))
-            yield from settle(False)
-        yield from settle(True)
-    if open_shards or len(done) < plan["shards"]:
-        raise RuntimeError(f"{len(open_shards)} shards or more came back without an answer for each of their images")
+        # A reader that died and was started again may have met other images than before: such a shard is done anew.
+        for _ in range(ROUNDS):
+            todo = [shard for shard in range(plan["shards"]) if shard not in done.shards]
+            if not todo:
+                break
+            # Drivers that work on one plan by mistake begin at different places, and leave each other what they did.
+            turn = random.randrange(len(todo))
+            for row in _stream(settings, todo[turn:] + todo[:turn], folder, plan, recipe, checkpoint):
+                shard = row["shard"]
+                mine = open_shards.setdefault(shard, [])
+                mine.append(row)
+                arrived = set(row["image"] or ()) - seen.setdefault(shard, set())
+                seen[shard] |= arrived
+                bar.advance(task, len(arrived))
+                last = next((one for one in mine if one["batches"] is not None), None)
+                if last and last["batches"] in (ELSEWHERE, len(mine) - 1):
+                    batches = [one for one in open_shards.pop(shard) if one["batches"] is None]
+                    writing.add(pool.submit(write, last, batches))
+                yield from settle(False)
+            yield from settle(True)
+            for shard in list(open_shards):
+                del open_shards[shard]
+                bar.advance(task, -len(seen.pop(shard)))
+    if len(done.shards) < plan["shards"]:
+        lost = [shard for shard in range(plan["shards"]) if shard not in done.shards]
+        raise RuntimeError(f"shard {lost[0]} and {len(lost) - 1} more came back without an answer for each image")
 
 
 def _stream(
@@ -392,7 +458,8 @@ def _stream(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The Ray part: what is found in the shards (FOUND, as dicts), in any order."""
     import ray
-    from ray.exceptions import RayTaskError
+    from joblib import cpu_count
+    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
     from detr.checkpoint import CheckpointError, load_checkpoint
 
@@ -400,14 +467,22 @@ def _stream(
         load_checkpoint(checkpoint)  # an actor that dies of it says so a minute later and less clearly
     except CheckpointError as error:
         raise UserError(f"{error}.") from error
-    use_gpu = settings.train.use_gpu
+    resources = ray.cluster_resources()
+    use_gpu, cpus = settings.train.use_gpu, int(resources.get("CPU", 0))
     if use_gpu is None:
-        use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        use_gpu = resources.get("GPU", 0) > 0
+    if use_gpu and not resources.get("GPU"):
+        raise UserError("train.use_gpu is true, but Ray has no GPU; set it to false, or go where there is one.", 2)
     there, sharing = places(ray.nodes(), use_gpu)
-    actors = settings.predict.actors or there
+    actors = settings.predict.actors or min(there, max(1, cpus - 1))
+    if actors >= cpus:
+        raise UserError(
+            f"{actors} model actors leave none of Ray's {cpus} CPUs for reading images; set predict.actors to at most "
+            f"{max(1, cpus - 1)}, or give Ray more (cluster.num_cpus).", 2,
+        )  # fmt: skip
     local = settings.cluster.address == "local"  # where Ray has more logical CPUs than there are cores
-    cores = os.cpu_count() if local else int(ray.cluster_resources().get("CPU", 1))
-    readers = max(1, cores - actors if use_gpu else cores // 2)
+    cores = cpu_count() if local else cpus
+    readers = max(1, min(cpus, cores) - actors if use_gpu else cores // 2)
     stream = (
         ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))
         .map_batches(
@@ -418,6 +493,7 @@ def _stream(
             batch_format="pyarrow",
             num_cpus=0.9,  # other than the actors', or Ray Data would make one operator of both
             concurrency=readers,
+            max_retries=TASK_RETRIES,
         )
         .map_batches(
             DetectBatches,
@@ -437,6 +513,12 @@ def _stream(
             yield from table.to_pylist()
     except RayTaskError as error:
         raise from_task(error) or error from error
+    except (WorkerCrashedError, OutOfMemoryError) as error:
+        raise UserError(
+            f"A process that reads images died {TASK_RETRIES + 1} times at one shard ({type(error).__name__}): too "
+            "little memory, or an image that breaks its decoder. What was done is kept; run it again with a smaller "
+            "predict.max_pixels."
+        ) from error
 
 
 def fetched(images: list[dict[str, Any]]) -> Iterator[tuple[bytes | None, str | None]]:
@@ -479,7 +561,8 @@ def _row(schema: pa.Schema, **values: Any) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _note(rejected: int) -> str:
+def _note(done: Done) -> str:
+    rejected = done.total["images"] - done.total["ok"]
     return f"{rejected:,} rejected" if rejected else ""
 
 
@@ -492,10 +575,13 @@ def _speed(settings: RunSettings, images: int, seconds: float) -> dict[str, Any]
     }
 
 
+def _tags(plan_id: str) -> dict[str, str]:
+    return {"detr.stage": "predict", "detr.plan": plan_id}
+
+
 def _start_run(tracker: Tracker, recipe: dict[str, Any], plan: dict[str, Any]) -> str:
     """The plan's run in MLflow, made or gone on with."""
-    tags = {"detr.stage": "predict", "detr.plan": plan["id"]}
-    model = recipe["model"]
+    tags, model = _tags(plan["id"]), recipe["model"]
     run_id = tracker.start_run(f"{model['name']}-predict-{plan['id'][:8]}", tracker.find_run(tags), {
         **tags, "detr.model": f"{model['name']} version {model['version']}", "detr.weights": recipe["weights_sha256"],
         "detr.input_digest": plan["input_digest"],
@@ -506,18 +592,27 @@ def _start_run(tracker: Tracker, recipe: dict[str, Any], plan: dict[str, Any]) -
     return run_id
 
 
-def _end_run(
-    tracker: Tracker, run_id: str, manifest: dict[str, Any], plan: dict[str, Any], fresh: dict[str, Any],
-    speed: dict[str, Any],
-) -> None:  # fmt: skip
+def _end_run(tracker: Tracker, run_id: str | None, manifest: dict[str, Any], numbers: dict[str, float | None]) -> None:
+    """Close the run of the manifest's last plan with what came of it, unless that was done."""
     client = tracker.client()
-    client.set_tag(run_id, "detr.output_digest", manifest["output_digest"])
-    numbers = {**speed, "images": plan["images"], "rejected": fresh["images"] - fresh["ok"],
-               "detections": sum(fresh["detections"].values()), "images_in_table": manifest["images"]}  # fmt: skip
+    if run_id is None or "detr.output_digest" in client.get_run(run_id).data.tags:
+        return
+    numbers = {**numbers, "images_in_table": manifest["images"], "rejected_in_table": manifest["rejected"]}
     tracker.log_metrics(run_id, {key: value for key, value in numbers.items() if value is not None})
-    summary = {key: value for key, value in manifest.items() if key != "parts"}
-    client.log_dict(run_id, summary, "summary.json")
-    tracker.end_run(run_id)
+    client.log_dict(run_id, {key: value for key, value in manifest.items() if key not in ("parts", "plans")},
+                    "summary.json")  # fmt: skip
+    client.set_tag(run_id, "detr.output_digest", manifest["output_digest"])
+    client.set_terminated(run_id, "FINISHED")
+    tracker.watch_run(run_id, False)
+
+
+def _fail_run(tracker: Tracker, run_id: str, status: str) -> None:
+    """Close a run that was not ended, unless another driver has ended it; what went wrong matters more than MLflow."""
+    with suppress(Exception):
+        if tracker.client().get_run(run_id).info.status == "FINISHED":
+            tracker.watch_run(run_id, False)
+        else:
+            tracker.end_run(run_id, status)
 
 
 def _sha256(path: Path) -> str:

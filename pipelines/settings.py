@@ -375,7 +375,10 @@ class PredictSettings(Settings):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: twice as fast where the device has units for it; the last digits differ"
     )
-    compile: bool = Field(False, description="torch.compile: a minute or more at the start, then faster batches")
+    compile: bool = Field(
+        False, description="torch.compile: a minute or more at the start, then faster batches; the last digits may "
+        "differ from run to run",
+    )
     tile: int | None = Field(
         None, ge=32, description="side in pixels of the image: larger images are also looked at in tiles of this size, "
         "for small objects in large images",
@@ -385,7 +388,7 @@ class PredictSettings(Settings):
         "are whole in one of them",
     )
     max_pixels: int = Field(100_000_000, gt=0, le=MOST_PIXELS, description="larger images are rejected before decoding")
-    max_reject_fraction: float = Field(0.5, ge=0, le=1, description="more rejected images stop the run")
+    max_reject_fraction: float = Field(0.5, ge=0, le=1, description="more rejected images in the table stop the run")
     cost_per_hour: float | None = Field(
         None, gt=0, description="of the machines, in any currency, to be told the cost of 1,000 images"
     )

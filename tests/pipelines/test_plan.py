@@ -10,16 +10,19 @@ import pytest
 from pipelines.listing import Image
 from pipelines.plan import (
     DETECTIONS,
+    Done,
+    begun_plan,
     claim,
     commit,
     commits,
+    counts,
     detections_of,
     find_commit,
     finish,
     freeze,
     images_of,
     known_images,
-    runs,
+    load_manifest,
     tables,
 )
 from pipelines.settings import UserError
@@ -29,6 +32,7 @@ RECIPE = {
     "format": 2, "model": {"name": "m", "version": "3"}, "weights_sha256": "w", "score_threshold": 0.5,
     "score_thresholds": {}, "images_per_shard": 4, "precision": "float32",
 }  # fmt: skip
+NOTHING = {"boxes": [], "scores": [], "category_ids": [], "category_names": []}
 FACTS = {"finished": "now", "host": "here", "attempt": "a"}
 
 
@@ -46,7 +50,7 @@ def rows(shard_images: list[dict], plan: dict, score: float = 0.9) -> pa.Table:
         [
             {
                 "image_key": image["key"], "etag": image["etag"], "size": image["size"],
-                **({"status": "bad", "boxes": [], "scores": [], "category_ids": [], "category_names": []}
+                **({"status": "bad", **NOTHING}
                    if "3" in image["key"] else
                    {"status": "ok", "width": 8, "height": 6, "boxes": [[0, 0, 8, 6]], "scores": [score],
                     "category_ids": [7], "category_names": ["dog"]}),
@@ -58,13 +62,19 @@ def rows(shard_images: list[dict], plan: dict, score: float = 0.9) -> pa.Table:
     )  # fmt: skip
 
 
-def work(folder: Folder, plan: dict, shards=None, score: float = 0.9, facts: dict = FACTS) -> dict[int, dict]:
-    """Do shards of a plan, all by default; returns their commits."""
-    done = {}
+def work(folder: Folder, plan: dict, shards=None, score: float = 0.9, facts: dict = FACTS) -> Done:
+    """Do shards of a plan, all by default; returns what is committed of these."""
+    done = Done()
     for shard in range(plan["shards"]) if shards is None else shards:
         listed = images_of(folder, plan, shard)
-        done[shard] = commit(folder, plan, shard, listed, rows(listed, plan, score), facts)
+        done.take(commit(folder, plan, shard, listed, rows(listed, plan, score), facts))
     return done
+
+
+def runs(folder: Folder) -> tuple[int, dict | None]:
+    """How many runs are complete, and the plan that was begun after them."""
+    manifest = load_manifest(folder)
+    return len(manifest["plans"]) if manifest else 0, begun_plan(folder, manifest)
 
 
 def content(place: Path) -> dict[str, bytes]:
@@ -103,7 +113,8 @@ def test_many_shards_are_found_in_their_listings(folder):
     found = [image["key"] for shard in range(50) for image in images_of(folder, plan, shard)]
     assert found == names(200)
     finish(folder, RECIPE, plan, work(folder, plan))
-    assert list(known_images(folder, 1)) == [(name, "e", 1, at // 4) for at, name in enumerate(names(200))]
+    known = list(known_images(folder, load_manifest(folder), True))
+    assert known == [(name, "e", 1, at // 4) for at, name in enumerate(names(200))]
 
 
 def test_another_recipe_is_refused_with_what_differs(folder):
@@ -123,7 +134,7 @@ def test_the_same_images_and_recipe_are_the_same_plan_and_bytes(tmp_path):
         finish(place, RECIPE, plan, work(place, plan, shards, facts=facts))
     one, other = (content(tmp_path / name) for name in ("one", "other"))
     differ = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
-    assert differ == {f"0001/commit-0000{shard}.json" for shard in range(3)}
+    assert differ == {f"0001/commit-{plan['id']}-0000{shard}.json" for shard in range(3)}
     others = [
         freeze(Folder(str(tmp_path / "c")), 1, RECIPE, images(*names(9), "010.png")),
         freeze(Folder(str(tmp_path / "d")), 1, RECIPE, images(*names(10), etag="f")),
@@ -138,20 +149,43 @@ def test_of_two_listings_the_first_counts(folder):
     assert [image["key"] for image in images_of(folder, first, 2)] == ["008.png", "009.png"]
 
 
-def test_two_drivers_leave_one_result(folder, tmp_path):
+def test_two_drivers_leave_one_result(folder):
     plan = freeze(folder, 1, RECIPE, images(*names(10)))
-    one = work(folder, plan, [0, 1])
-    assert find_commit(folder, plan, 1) == one[1] and find_commit(folder, plan, 2) is None
+    work(folder, plan, [0, 1])
+    assert find_commit(folder, plan, 1)["attempt"] == "a" and find_commit(folder, plan, 2) is None
     # Another one on other hardware, whose scores differ in the last digit, does all of them.
     two = work(folder, plan, score=0.90000004, facts={**FACTS, "attempt": "b"})
-    assert [two[shard]["attempt"] for shard in range(3)] == ["a", "a", "b"]
-    assert two[0] == one[0]
-    assert commits(folder, plan) == two
+    assert [find_commit(folder, plan, shard)["attempt"] for shard in range(3)] == ["a", "a", "b"]
+    assert vars(commits(folder, plan)) == vars(two)
     manifest = finish(folder, RECIPE, plan, two)
     assert finish(folder, RECIPE, plan, commits(folder, plan)) == manifest
-    parts = [path.name for path in (tmp_path / "out" / "0001").glob("part-*")]
-    assert sorted(f"0001/{name}" for name in parts) == [part["path"] for part in manifest["parts"]]
-    assert detections_of(folder.uri)["image_key"].to_pylist() == names(10)
+    table = detections_of(folder.uri)
+    assert table["image_key"].to_pylist() == names(10)
+    assert len({scores[0] for scores in table["scores"].to_pylist() if scores}) == 2
+
+
+def test_where_a_store_cannot_create_but_once_each_driver_has_a_plan_of_its_own(folder, monkeypatch):
+    """Both are told that they were first; what one commits is no answer to the other's listing."""
+
+    def overwrite(self, name, data):
+        self.put(name, data)
+        return True
+
+    monkeypatch.setattr(Folder, "create", overwrite)
+    one = freeze(folder, 1, RECIPE, images(*names(8)))
+    other = freeze(folder, 1, RECIPE, images(*names(8)[:3], "002a.png", *names(8)[3:]))
+    assert one["id"] != other["id"]
+    mine = work(folder, one, [0])
+    theirs = work(folder, other, [1, 2])
+    assert commits(folder, one).shards.keys() == {0} and commits(folder, other).shards.keys() == {1, 2}
+    with pytest.raises(RuntimeError, match="is not complete"):
+        finish(folder, RECIPE, other, theirs)
+    finish(folder, RECIPE, one, work(folder, one, [1]) and commits(folder, one))
+    assert mine.shards[0] == commits(folder, one).shards[0]
+    finish(folder, RECIPE, other, work(folder, other))  # too late
+    assert detections_of(folder.uri)["image_key"].to_pylist() == names(8)
+    known = {key for key, *_ in known_images(folder, load_manifest(folder), False)}
+    assert known == set(names(8))  # so that a later run takes the image that only the other had
 
 
 def test_an_answer_that_was_lost_does_not_take_the_part_back(folder, monkeypatch):
@@ -174,7 +208,7 @@ def test_rows_that_are_not_the_shards_are_not_committed(folder):
     for wrong in (table.slice(0, 3), pa.concat_tables([table, table.slice(3)]), table.take([1, 0, 2, 3])):
         with pytest.raises(RuntimeError, match="not those of its images"):
             commit(folder, plan, 0, listed, wrong, FACTS)
-    assert commits(folder, plan) == {}
+    assert commits(folder, plan).shards == {}
     with pytest.raises(RuntimeError, match="is not complete"):
         finish(folder, RECIPE, plan, work(folder, plan, [0]))
     assert runs(folder) == (0, plan)
@@ -184,16 +218,17 @@ def test_rows_that_are_not_the_shards_are_not_committed(folder):
 def test_a_part_that_the_disk_lost_is_done_again(folder, tmp_path, fault):
     plan = freeze(folder, 1, RECIPE, images(*names(8)))
     done = work(folder, plan)
-    part = tmp_path / "out" / done[1]["part"]
+    part = tmp_path / "out" / done.shards[1]["part"]
     if fault == "commit torn":
-        (tmp_path / "out" / "0001" / "commit-00001.json").write_text('{"format": 1, "pl')
+        (tmp_path / "out" / "0001" / f"commit-{plan['id']}-00001.json").write_text('{"format": 1, "pl')
     elif fault == "lost":
         part.unlink()
     else:
         part.write_bytes(part.read_bytes()[:-1])
-    assert commits(folder, plan).keys() == {0}
+    assert commits(folder, plan).shards.keys() == {0}
     assert find_commit(folder, plan, 1) is None
-    finish(folder, RECIPE, plan, commits(folder, plan) | work(folder, plan, [1]))
+    work(folder, plan, [1])
+    finish(folder, RECIPE, plan, commits(folder, plan))
     assert detections_of(folder.uri)["image_key"].to_pylist() == names(8)
     part.write_bytes(b"other")
     with pytest.raises(UserError, match="is not what was written"):
@@ -206,7 +241,7 @@ def test_a_store_that_does_not_keep_what_it_is_given_is_said(folder, monkeypatch
     monkeypatch.setattr(Folder, "put", lambda self, name, data: put(self, name, data[:-1]))
     with pytest.raises(UserError, match="is not to be trusted"):
         work(folder, plan)
-    assert commits(folder, plan) == {}
+    assert commits(folder, plan).shards == {}
 
 
 def test_later_runs_add_what_is_new_and_replace_what_changed(folder, tmp_path):
@@ -228,7 +263,8 @@ def test_later_runs_add_what_is_new_and_replace_what_changed(folder, tmp_path):
     assert manifest["detections"] == {"dog": 11} and sum(manifest["scores"]) == 11
     after = content(tmp_path / "out")
     assert {name for name in before if after.get(name) != before[name]} == {"manifest.json"}
-    assert dict.fromkeys(key for key, *_ in known_images(folder, 2)).keys() == {row["image_key"] for row in found}
+    known = {key for key, *_ in known_images(folder, load_manifest(folder), True)}
+    assert known == {row["image_key"] for row in found}
     # And again one of those that were replaced, and one of a part that was rewritten.
     again = [(Image("001.png", "/in/001.png", "g", 11, None), 2, 0),
              (Image("002.png", "/in/002.png", "g", 9, None), 1, 0)]  # fmt: skip
@@ -237,7 +273,40 @@ def test_later_runs_add_what_is_new_and_replace_what_changed(folder, tmp_path):
     found = detections_of(folder.uri).to_pylist()
     assert sorted(row["image_key"] for row in found) == [*names(10), "020.png", "021.png"]
     assert {row["image_key"]: row["etag"] for row in found if row["etag"] == "g"}.keys() == {"001.png", "002.png"}
-    assert manifest["images"] == len(found) == 12 and manifest["runs"] == 3
+    assert manifest["images"] == len(found) == 12 and len(manifest["plans"]) == 3
     # A driver that is late with an older run leaves the newer manifest.
     late = json.loads(folder.get("0002/plan.json"))
     assert finish(folder, RECIPE, late, commits(folder, late)) == manifest
+
+
+def test_a_run_that_ends_early_leaves_the_rest_to_the_next(folder):
+    plan = freeze(folder, 1, RECIPE, images(*names(10)))
+    manifest = finish(folder, RECIPE, plan, work(folder, plan, [0, 2]), partial=True)
+    assert manifest["images"] == 6 and runs(folder) == (1, None)
+    left = {key for key, *_ in known_images(folder, manifest, False)}
+    assert left == {*names(4), *names(2, 8)}
+    plan = freeze(folder, 2, RECIPE, images(*names(4, 4)))
+    finish(folder, RECIPE, plan, work(folder, plan))
+    assert sorted(detections_of(folder.uri)["image_key"].to_pylist()) == names(10)
+
+
+def test_an_image_that_could_not_be_had_is_tried_again(folder):
+    plan = freeze(folder, 1, RECIPE, images(*names(4)))
+    listed = images_of(folder, plan, 0)
+    found = rows(listed, plan).to_pylist()
+    found[1] |= {**NOTHING, "status": "access to it is denied"}
+    done = Done()
+    done.take(commit(folder, plan, 0, listed, pa.Table.from_pylist(found, schema=DETECTIONS), FACTS))
+    manifest = finish(folder, RECIPE, plan, done)
+    assert manifest["again"] == 1 and manifest["rejects"] == {"access to it is denied": 1, "bad": 1}
+    known = {key: etag for key, etag, *_ in known_images(folder, manifest, True)}
+    assert [name for name in names(4) if known[name] != "e"] == ["001.png"]
+    assert set(known) == set(names(4))
+    assert {etag for _, etag, *_ in known_images(folder, manifest, False)} == {"e"}
+
+
+def test_reasons_are_counted_by_their_kind():
+    reasons = ["it cannot be decoded (truncated (25 bytes))", "it cannot be decoded (truncated (7 bytes))",
+               "200x100 is more than the limit of 99 pixels", "20x100 is more than the limit of 99 pixels"]  # fmt: skip
+    table = pa.Table.from_pylist([{"status": reason, **NOTHING} for reason in reasons], schema=DETECTIONS)
+    assert counts(table)["rejects"] == {"it cannot be decoded": 2, "its size is more than the limit of 99 pixels": 2}

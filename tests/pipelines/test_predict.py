@@ -152,21 +152,92 @@ def test_a_class_may_have_a_threshold_of_its_own(tmp_path, checkpoint, without_r
     assert asked["detections"] == {"dog": 1} and asked["score_thresholds"] == {}
 
 
-def test_too_many_bad_images_stop_the_run_and_what_was_done_stays(tmp_path, checkpoint, without_ray):
+def test_too_many_bad_images_stop_the_run_until_they_are_mended_or_the_limit_is_raised(
+    tmp_path, checkpoint, without_ray
+):
     for number in range(12):
         picture(tmp_path / "in" / f"{number:02d}.png")
     for number in range(6):
         (tmp_path / "in" / f"{number:02d}.png").write_text("hello")
     settings = settings_with("predict.max_reject_fraction=0.4")
-    with pytest.raises(UserError, match=r"6 of 12 images cannot be used.*max_reject_fraction 0\.4") as error:
+    words = r"6 of 12 images cannot be used.*max_reject_fraction 0\.4.*6 because it is not an image.*done is kept in"
+    with pytest.raises(UserError, match=words) as error:
         run(settings, tmp_path / "in", checkpoint, tmp_path / "out")
-    assert error.value.exit_code == 1 and "6 because it is not an image" in str(error.value)
+    assert error.value.exit_code == 1
     with pytest.raises(UserError, match="no finished prediction"):
         detections_of(str(tmp_path / "out"))
     without_ray.clear()
-    result = run(settings_with("predict.max_reject_fraction=0.5"), tmp_path / "in", checkpoint, tmp_path / "out")
-    assert without_ray == [] and result["rejected"] == 6  # nothing is done again
-    assert detections_of(str(tmp_path / "out")).num_rows == 12
+    raised = run(settings_with("predict.max_reject_fraction=0.5"), tmp_path / "in", checkpoint, tmp_path / "out")
+    assert raised["rejected"] == 6 and raised["runs"] == 1
+    assert len(without_ray) <= 2  # only what was not done
+    with pytest.raises(UserError, match="6 of 12 images cannot be used"):  # again and again
+        run(settings, tmp_path / "in", checkpoint, tmp_path / "out")
+    picture(tmp_path / "in" / "02.png")
+    picture(tmp_path / "in" / "03.png")
+    mended = run(settings, tmp_path / "in", checkpoint, tmp_path / "out")
+    assert (mended["rejected"], mended["images"], mended["new"]["images"]) == (4, 12, 2)
+
+
+def test_images_that_are_mended_after_a_stop_are_listed_anew(tmp_path, checkpoint, without_ray):
+    for number in range(40):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number:02d}.png").write_text("hello")
+    for _ in range(2):  # a loop that tries again does not get by
+        with pytest.raises(UserError, match="images cannot be used"):
+            run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")
+    for number in range(40):
+        picture(tmp_path / "in" / f"{number:02d}.png")
+    result = run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")
+    assert (result["images"], result["ok"]) == (40, 40)
+    assert detections_of(str(tmp_path / "out")).num_rows == 40
+
+
+def test_one_bad_image_among_few_new_ones_does_not_stop_a_later_run(tmp_path, checkpoint, without_ray):
+    for number in range(8):
+        picture(tmp_path / "in" / f"{number}.png")
+    run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")
+    (tmp_path / "in" / "8.png").write_text("hello")
+    assert run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")["rejected"] == 1
+
+
+def test_an_image_that_came_back_is_tried_again(tmp_path, checkpoint, without_ray, monkeypatch):
+    for number in range(6):
+        picture(tmp_path / "in" / f"{number}.png")
+    freeze = module.freeze
+
+    def and_then(*args):
+        plan = freeze(*args)
+        (tmp_path / "in" / "1.png").rename(tmp_path / "1.png")
+        return plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "freeze", and_then)
+        assert run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")["rejects"] == {
+            "there is no such file": 1
+        }
+    (tmp_path / "1.png").rename(tmp_path / "in" / "1.png")
+    again = run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")
+    assert (again["ok"], again["rejected"], again["images_here"]) == (6, 0, 1)
+
+
+def test_an_image_that_breaks_the_code_is_a_row(tmp_path, checkpoint, without_ray, monkeypatch):
+    from detr import transforms
+
+    decode = transforms.decode_image
+
+    def odd(data, most):
+        image = decode(data, most)
+        if image.width == 13:
+            raise AssertionError("thirteen")
+        return image
+
+    monkeypatch.setattr(transforms, "decode_image", odd)
+    for width in (12, 13, 14):
+        picture(tmp_path / "in" / f"{width}.png", width)
+    result = run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")
+    assert (result["ok"], result["rejected"]) == (2, 1)
+    row = detections_of(str(tmp_path / "out")).to_pylist()[1]
+    assert row["status"] == "it cannot be used (AssertionError: thirteen)"
 
 
 def test_an_interrupted_run_goes_on_as_it_was_planned_and_then_takes_what_is_new(
@@ -198,7 +269,8 @@ def test_an_interrupted_run_goes_on_as_it_was_planned_and_then_takes_what_is_new
     result = run(settings_with(), place, checkpoint, out)
     first = [shard for shard in range(5) if shard not in written]
     assert sorted(without_ray[:3]) == first and without_ray[3:] == [0]  # the rest, then a run of the two new ones
-    assert (result["runs"], result["images"], result["new"]["images"], result["reused_images"]) == (2, 21, 14, 7)
+    assert (result["runs"], result["images"], result["images_here"], result["reused_images"]) == (2, 21, 14, 7)
+    assert result["new"]["images"] == 22  # of both runs that it ended
     rows = {row["image_key"]: row for row in detections_of(str(out)).to_pylist()}
     old = {row["image_key"]: row for row in detections_of(str(tmp_path / "whole")).to_pylist()}
     assert {key for key in rows if rows[key] != old.get(key)} == {"03.png", "20.png"}
@@ -232,24 +304,37 @@ def test_what_lies_in_the_output_is_no_input(tmp_path, checkpoint, without_ray):
     assert run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "in" / "found")["images"] == 2
 
 
-@pytest.mark.parametrize("fault", ["lost", "twice", "mixed up"])
-def test_an_image_lost_or_counted_twice_is_noticed(tmp_path, checkpoint, without_ray, monkeypatch, fault):
+@pytest.mark.parametrize("fault", ["lost", "twice", "mixed up", "a batch that nobody misses"])
+@pytest.mark.parametrize("lasting", [False, True])
+def test_answers_that_do_not_fit_are_asked_for_again(tmp_path, checkpoint, without_ray, monkeypatch, fault, lasting):
     for number in range(6):
-        picture(tmp_path / "in" / f"{number}.png")
-    honest = module._stream
+        picture(tmp_path / "in" / f"{number}.png", width=8 + 40 * (number % 2))
+    straight = run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "straight")
+    honest, calls = module._stream, []
 
     def faulty(*args):
         rows = list(honest(*args))
-        if fault == "mixed up":
+        calls.append(1)
+        if len(calls) > 1 and not lasting:
+            yield from rows
+        elif fault == "mixed up":
             shards = {0: 1, 1: 0}
             yield from ({**row, "shard": shards[row["shard"]]} for row in rows)
+        elif fault == "a batch that nobody misses":
+            yield from ({**row, "batches": row["batches"] and row["batches"] - 1} for row in rows[1:] if row["shard"]
+                        == rows[0]["shard"])  # fmt: skip
+            yield from (row for row in rows if row["shard"] != rows[0]["shard"])
         else:
             yield from rows[:-2] + rows[-1:] if fault == "lost" else [rows[0], *rows]
 
     monkeypatch.setattr(module, "_stream", faulty)
-    with pytest.raises((RuntimeError, ValueError, IndexError)):
-        run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    if lasting:
+        with pytest.raises((RuntimeError, ValueError)):
+            run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    else:
+        result = run(settings_with(), tmp_path / "in", checkpoint, tmp_path / "out")
+        assert result["output_digest"] == straight["output_digest"]
 
 
 def test_a_batch_is_of_one_shape_and_follows_from_its_shard_alone(tmp_path, checkpoint, monkeypatch):
@@ -291,6 +376,44 @@ def test_tiles_of_a_large_image_are_put_together(tmp_path, checkpoint, without_r
     # The fake finds a dog in every tile, which fills it: what a tile cuts is part of the one in the whole image.
     assert rows["large.png"]["boxes"] == [[0, 0, 300, 200]] and rows["small.png"]["boxes"] == [[0, 0, 90, 60]]
     assert result["images"] == 2
+
+
+def test_each_run_is_one_in_mlflow_with_digests_of_what_went_in_and_came_out(
+    tmp_path, checkpoint, without_ray, monkeypatch
+):
+    from pipelines.tracking import Tracker
+
+    tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", "found", (tmp_path / "artifacts").as_uri())
+    for number in range(6):
+        picture(tmp_path / "in" / f"{number}.png")
+
+    def tracked() -> dict:
+        return predict(settings_with(), str(tmp_path / "in"), checkpoint, "m", "1", tmp_path / "out", tracker=tracker)
+
+    def of_stage() -> list:
+        return tracker.client().search_runs([tracker.experiment_id()], "tags.`detr.stage` = 'predict'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "commit", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tracked()
+    (run_before,) = of_stage()
+    assert run_before.info.status == "KILLED" and "detr.output_digest" not in run_before.data.tags
+    with monkeypatch.context() as patch:  # killed when all is done but what MLflow is told
+        patch.setattr(module, "_end_run", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tracked()
+    result = tracked()
+    (found,) = of_stage()
+    assert found.info.run_id == run_before.info.run_id and found.info.status == "FINISHED"
+    assert found.data.tags["detr.input_digest"] == result["input_digest"]
+    assert found.data.tags["detr.output_digest"] == result["output_digest"]
+    assert found.data.params["model.version"] == "1" and found.data.metrics["images_in_table"] == 6
+    picture(tmp_path / "in" / "6.png")
+    second = tracked()
+    runs = {one.info.run_id: one for one in of_stage()}
+    assert len(runs) == 2 and runs[second["run_id"]].data.metrics["images"] == 1
+    assert runs[second["run_id"]].data.metrics["images_in_table"] == 7
 
 
 @pytest.mark.ray
