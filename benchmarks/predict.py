@@ -155,8 +155,9 @@ def measure_predict(folder: Path, checkpoint: Path, preset: str, precision: str,
     stamps.sort()
     (first, skipped), (last, _) = stamps[0], stamps[-1]
     assert result["ok"] == result["images"]
+    later = result["images"] - skipped
     return {
-        "images_per_second": (result["images"] - skipped) / (last - first) if last > first else None,
+        "images_per_second": later / (last - first) if later else result["images"] / spent,
         "seconds": spent,
         "until_first": first - started,
         "images": result["images"],
@@ -207,8 +208,9 @@ def measure(side: str, images: Path, checkpoint: Path, preset: str, folder: Path
     skipped, first, done = next(loop), time.perf_counter(), 0  # what is slow at the start is on no side
     for number in loop:
         done += number
+    ended = time.perf_counter()
     return {
-        "images_per_second": done / (time.perf_counter() - first), "seconds": time.perf_counter() - started,
+        "images_per_second": done / (ended - first) if done else skipped / (ended - started), "seconds": ended - started,
         "until_first": first - started, "images": done + skipped,
     }  # fmt: skip
 
