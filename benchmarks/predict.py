@@ -210,7 +210,8 @@ def measure(side: str, images: Path, checkpoint: Path, preset: str, folder: Path
         done += number
     ended = time.perf_counter()
     return {
-        "images_per_second": done / (ended - first) if done else skipped / (ended - started), "seconds": ended - started,
+        "images_per_second": done / (ended - first) if done else skipped / (ended - started),
+        "seconds": ended - started,
         "until_first": first - started, "images": done + skipped,
     }  # fmt: skip
 

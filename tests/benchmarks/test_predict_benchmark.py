@@ -12,7 +12,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "predict.py"
 
 
 def run(*arguments: str) -> dict:
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments, "--json"], capture_output=True, text=True, timeout=400)
+    command = [sys.executable, str(SCRIPT), *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
