@@ -29,6 +29,7 @@ def main(
     a COCO file whose images are meant. What an output has already is not done again: stopped, the same command goes
     on; later, it takes the new images alone.
     """
+    from pipelines.results import check_coco, coco_ids
     from pipelines.settings import UserError
     from pipelines.storage import filesystem
     from pipelines.workflow import find_model, predict_stage
@@ -40,15 +41,20 @@ def main(
     if show:
         return _show(settings, store, Path(images), model, output)
     filesystem(images)  # what is not there is said before a model is fetched
+    ids = None
+    if coco:
+        check_coco(coco)
+        if images.lower().endswith(".json") and not Path(images).is_dir():
+            ids = coco_ids(images)
     checkpoint, name, version = find_model(settings, store, model)
     record = predict_stage(
         settings, store, images, checkpoint, name, version, output, column, lambda: ray_session(settings)
     )
     result = record["result"]
-    files = _files(settings, images, column, checkpoint, result["folder"], coco, save_images)
+    files, said = _files(settings, checkpoint, result["folder"], coco, ids, save_images)
     return {
         **result, **files, "record": record["folder"], "reused": record["reused"],
-        "text": "\n".join([*_summary(settings, result), *(place for places in files.values() for place in places)]),
+        "text": "\n".join([*_summary(settings, result), *said]),
     }  # fmt: skip
 
 
@@ -77,27 +83,32 @@ def _summary(settings, result: dict) -> list[str]:
             f", {cost:,} for 1,000 images" if cost else ""))  # fmt: skip
     drift = result.get("drift")
     if drift:
-        lines += drift["words"] or [f"Scores and classes are as in the run of {drift['since'][:16]}."]
+        run = f"the run of {drift['since'][:16].replace('T', ' ')} UTC by version {drift['version']}"
+        words = [f"Compared with {run}:", *(f"  {sentence}" for sentence in drift["words"])]
+        lines += words if drift["words"] else [f"No more change since {run} than chance makes."]
     return lines
 
 
-def _files(settings, images: str, column: str | None, checkpoint: Path, folder: str, coco, number) -> dict:
-    """What was asked for beside the table."""
-    from pipelines.listing import list_images
+def _files(
+    settings, checkpoint: Path, folder: str, coco: str | None, ids: dict[str, int] | None, number: int | None
+) -> tuple[dict, list[str]]:
+    """What was asked for beside the table: where it is, and what to say of it."""
     from pipelines.results import save_pictures, write_coco
     from pipelines.stage import read_json
 
     files, categories = {}, read_json(checkpoint / "config.json")["categories"]
+    said = []
     if coco:
-        ids = None
-        if images.lower().endswith(".json"):
-            ids = {image.key: image.image_id for image in list_images(images, settings, column)}
-        named = write_coco(folder, Path(coco), categories, ids)
-        files["coco"] = [str(path) for path in (coco, named) if path]
+        named, left_out = write_coco(folder, Path(coco), categories, ids)
+        files |= {"coco": [str(path) for path in (coco, named) if path], "coco_left_out": left_out}
+        said += files["coco"]
+        if left_out:
+            said.append(f"{left_out:,} images of the table are no longer in the COCO file, and not in {coco}.")
     if number:
         classes = [category["name"] for category in categories]
         files["pictures"] = save_pictures(folder, number, settings.predict.max_pixels, classes)
-    return files
+        said += files["pictures"]
+    return files, said
 
 
 def _show(settings, store: Path, path: Path, model: str | None, output: str | None) -> dict:

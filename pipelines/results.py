@@ -1,26 +1,77 @@
 """What people take from a table of detections: COCO's results JSON, and pictures."""
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipelines.plan import images_of, tables
+import pyarrow.parquet as pq
+
+from pipelines.json_stream import JsonObject, NotAnObject
+from pipelines.plan import DETECTIONS, images_of, tables
 from pipelines.progress import progress, track
-from pipelines.storage import Folder, read_listed
+from pipelines.settings import UserError
+from pipelines.storage import Folder, filesystem, not_done, read_listed
 
 SEPARATOR = ",\n"
+LONGEST = 120  # bytes of a picture's name: file systems take 255, some of them 143, and a part has a longer one
 
 
-def write_coco(uri: str, path: Path, categories: list[dict[str, Any]], ids: dict[str, int] | None) -> Path | None:
+def check_coco(path: str) -> None:
+    """Raise UserError (exit code 2) where no file can be written; before the work that it is to hold."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; name a file for --coco.", 2)
+    if not os.path.isdir(folder):
+        raise UserError(f"{path} cannot be written: there is no folder {folder} on this machine; make it first.", 2)
+
+
+def coco_ids(path: str) -> dict[str, int]:
+    """The ids of a COCO file's images by key (pipelines/listing.py), from the file alone; local or on S3.
+
+    Raises UserError (exit code 2) where an image has none, or another's, and where it is no COCO file.
+    """
+    ids: dict[str, int] = {}
+    fs, place = filesystem(path)
+    try:
+        with fs.open_input_stream(place) as file:
+            for member, records in JsonObject(file).members():
+                if member != "images" or not isinstance(records, Iterator):
+                    continue
+                for number, record in enumerate(records):
+                    if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
+                        raise UserError(f"{path}: images[{number}] has no file_name.", 2)
+                    if type(record.get("id")) is not int:
+                        raise UserError(f"{path}: images[{number}] has no id (a whole number), which --coco needs.", 2)
+                    ids[posixpath.normpath(record["file_name"])] = record["id"]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", 2) from error
+    except NotAnObject as error:
+        raise UserError(f"{path} is not a COCO file: it has no list `images`.", 2) from error
+    except OSError as error:
+        raise not_done(path, "read", error) from error
+    for image_id, times in Counter(ids.values()).most_common(1):
+        if times > 1:
+            raise UserError(f"{path}: {times} images have the id {image_id}; --coco needs one for each.", 2)
+    return ids
+
+
+def write_coco(
+    uri: str, path: Path, categories: list[dict[str, Any]], ids: dict[str, int] | None
+) -> tuple[Path | None, int]:
     """Write a finished prediction as COCO's results: [{"image_id", "category_id", "bbox" xywh pixels, "score"}].
 
-    ids: COCO's image ids by key, where the input had any. Otherwise images are numbered in order of key, and the
-    numbers are said in a second file beside it, as a COCO dataset without annotations; returns that file, or None.
-    One part of the table is held at a time. Raises UserError as `tables`.
+    ids: COCO's image ids by key, where the input had any. Otherwise images are numbered in the order of the table, and
+    the numbers are said in a second file beside it, as a COCO dataset without annotations. Returns (that file or None,
+    how many images were left out since they have no id: the table keeps images that went from the input). One part of
+    the table is held at a time. Raises UserError as `tables`.
     """
     path = Path(path)
     named = None if ids is not None else path.with_name(f"{path.stem}.images.json")
@@ -31,11 +82,14 @@ def write_coco(uri: str, path: Path, categories: list[dict[str, Any]], ids: dict
         start = f'{{"categories": {json.dumps(categories)}, "annotations": [], "images": ['
         images = _Items(files[1], start) if named else None
         bar = stack.enter_context(progress())
-        task, number = bar.add_task(path.name, total=None, note=""), 0
+        task, number, left_out = bar.add_task(path.name, total=None, note=""), 0, 0
         for table in tables(uri, lambda rows: bar.advance(task, rows)):
             for row in table.to_pylist():
                 number += 1
-                image_id = number if ids is None else ids[row["image_key"]]
+                image_id = number if ids is None else ids.get(row["image_key"])
+                if image_id is None:
+                    left_out += 1
+                    continue
                 if images:
                     images.add({"id": image_id, "file_name": row["image_key"], "width": row["width"],
                                 "height": row["height"]})  # fmt: skip
@@ -49,7 +103,7 @@ def write_coco(uri: str, path: Path, categories: list[dict[str, Any]], ids: dict
             images.end("]}")
     for part, place in zip(parts, (path, named), strict=False):
         os.replace(part, place)
-    return named
+    return named, left_out
 
 
 class _Items:
@@ -69,25 +123,25 @@ class _Items:
 def save_pictures(uri: str, number: int, max_pixels: int, classes: list[str]) -> list[str]:
     """Draw the detections on some images, spread evenly over a finished prediction, into its folder pictures/.
 
-    Returns where they are; an image that is no longer as it was is left out.
+    Only the parts of the table that they are in are read. Returns where they are; an image that is no longer as it was
+    is left out.
     """
     from detr.draw import class_colours, draw_detections
     from detr.transforms import ImageError, decode_image
 
     folder = Folder(uri)
     manifest = json.loads(folder.get("manifest.json"))
-    colours, places, seen = class_colours(classes), [], 0
-    step = max(1, manifest["ok"] / number)
-    wanted = {int(at * step) for at in range(min(number, manifest["ok"]))}
-    for part, table in track(zip(manifest["parts"], tables(uri), strict=True), "pictures", len(manifest["parts"])):
-        rows = [row for row in table.to_pylist() if row["status"] == "ok"]
-        chosen = [row for at, row in enumerate(rows, seen) if at in wanted]
-        seen += len(rows)
-        if not chosen:
+    colours, places, owed = class_colours(classes), [], 0
+    chosen = _spread(manifest["parts"], min(number, manifest["images"]))
+    for part, share in track(chosen, "pictures", len(chosen)):
+        rows = [row for row in _read(folder, part) if row["status"] == "ok"]
+        taken = min(share + owed, len(rows))  # what rejects leave wanting the next part gives, if it can
+        owed += share - taken
+        if not taken:
             continue
         plan = json.loads(folder.get(f"{part['run']:04d}/plan.json"))
         listed = {image["key"]: image for image in images_of(folder, plan, part["shard"])}
-        for row in chosen:
+        for row in (rows[at * len(rows) // taken] for at in range(taken)):
             image = listed[row["image_key"]]
             data, reason = read_listed(image["uri"], image["etag"], image["size"])
             try:
@@ -100,8 +154,35 @@ def save_pictures(uri: str, number: int, max_pixels: int, classes: list[str]) ->
             drawn = draw_detections(picture, row["boxes"], names, row["scores"], [colours[name] for name in names])
             out = io.BytesIO()
             drawn.save(out, "JPEG", quality=90)
-            name = row["image_key"].rpartition("://")[2].strip("/").replace("/", "__")
-            name = f"pictures/{name}{'' if name.lower().endswith(('.jpg', '.jpeg')) else '.jpg'}"
+            name = f"pictures/{picture_name(row['image_key'])}"
             folder.put(name, out.getvalue())
             places.append(folder.place(name))
     return places
+
+
+def picture_name(key: str) -> str:
+    """An image's key as the name of a JPEG file, another for every key."""
+    name = key.rpartition("://")[2].strip("./").replace("/", "__")
+    if name == key and name.lower().endswith((".jpg", ".jpeg")) and len(name.encode()) <= LONGEST:
+        return name
+    short = name.encode()[: LONGEST - 13].decode(errors="ignore")
+    return f"{short}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.jpg"
+
+
+def _spread(parts: list[dict[str, Any]], number: int) -> list[tuple[dict[str, Any], int]]:
+    """The parts in which `number` rows lie that are spread evenly over all, and how many of these are in each."""
+    total, chosen, seen, before = sum(part["rows"] for part in parts), [], 0, 0
+    for part in parts:
+        seen += part["rows"]
+        wanted = -(-seen * number // total)  # of the rows at * total / number, those before `seen`
+        if wanted > before:
+            chosen.append((part, wanted - before))
+        before = wanted
+    return chosen
+
+
+def _read(folder: Folder, part: dict[str, Any]) -> list[dict[str, Any]]:
+    data = folder.get(part["path"])
+    if data is None or hashlib.sha256(data).hexdigest() != part["sha256"]:
+        raise UserError(f"{folder.place(part['path'])} is not what was written; delete {folder.uri} and predict again.")
+    return pq.read_table(io.BytesIO(data), schema=DETECTIONS).to_pylist()
