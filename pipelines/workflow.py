@@ -172,9 +172,7 @@ def predict_stage(
     recipe = make_recipe(settings, images, column, checkpoint, model_name, version)
     folder = Path(store).resolve() / "predict" / digest({"recipe": recipe, "output": output})
     file = folder / "stage.json"
-    # The newest of this model: what its detections are compared with.
     earlier = [read_json(path) for path in (Path(store) / "predict").glob("*/stage.json")]
-    earlier = [record for record in earlier if record["inputs"]["model"][0] == model_name and "new" in record["result"]]
     result = predict(
         settings, images, checkpoint, model_name, version, output or folder, column,
         tracker(settings, Path(store), model_name), session,
@@ -184,12 +182,6 @@ def predict_stage(
         same = {key: known["result"].get(key) for key in ("drift", "images_per_second", "cost_per_1000_images")}
         record = {**known, "result": {**result, **same}, "reused": True}
     else:
-        last = max(earlier, key=lambda record: record["finished"], default=None)
-        result["drift"] = last and {
-            "since": last["finished"],
-            "version": last["inputs"]["model"][1],
-            **drift(result["new"], last["result"]["new"]),
-        }
         record = {
             "format": 1,
             "stage": "predict",
@@ -197,11 +189,15 @@ def predict_stage(
             "key": digest({"recipe": recipe, "output": result["output_digest"]}),
             "settings": settings.predict.model_dump(),
             "inputs": {**_checkpoint_inputs(checkpoint), "images": result["input_digest"],
-                       "model": [model_name, str(version)]},
+                       "model": [model_name, str(version)], "input": recipe["input"], "column": column},
             "result": result,
             "seconds": round(time.monotonic() - started, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
+        alike = [other for other in earlier if _way(other) == _way(record)]
+        last = max(alike, key=lambda other: other["finished"], default=None)
+        apart = last and drift(result["new"], last["result"]["new"])
+        result["drift"] = apart and {"since": last["finished"], "version": last["inputs"]["model"][1], **apart}
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, record)
         record["reused"] = False
@@ -209,6 +205,13 @@ def predict_stage(
     _remember(store, record)
     _say(record)
     return record
+
+
+def _way(record: Record) -> list[Any]:
+    """What two predictions must have in common to be compared: all but the model's version and the images."""
+    inputs, result, chosen = record["inputs"], record["result"], record["settings"]
+    return [inputs["model"][0], inputs.get("input"), inputs.get("column"), result.get("score_threshold"),
+            result.get("score_thresholds"), chosen.get("tile"), chosen.get("precision")]  # fmt: skip
 
 
 def report_stage(

@@ -1,12 +1,17 @@
 """What is said of a run beside the one before it."""
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
 import pytest
 
+from jobs.predict import _summary
 from pipelines.drift import drift
+from pipelines.settings import RunSettings, override_settings
+from pipelines.stage import read_json, write_json
+from pipelines.workflow import predict_stage
 
 USUAL = {"images": 1000, "ok": 990, "detections": {"cat": 600, "dog": 1400},
          "scores": [0, 0, 0, 0, 0, 100, 200, 300, 600, 800], "squares": {"detections": 6000}}  # fmt: skip
@@ -121,3 +126,56 @@ def test_a_run_without_images_has_no_rates():
 def test_counts_of_an_older_version_are_not_compared():
     older = {key: value for key, value in USUAL.items() if key != "squares"}
     assert drift({**USUAL, "ok": 500}, older) is None and drift(older, USUAL) is None
+
+
+@pytest.fixture
+def night(tmp_path, monkeypatch):
+    """Runs predict_stage as if it had detected what it is given; returns the record."""
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr("pipelines.tracking.tracker", lambda *args: None)
+
+    def run(day, found=USUAL, version="1", input="/in", name="m", threshold=0.5, of_classes=None, **chosen):
+        config = {"score_threshold": threshold, "score_thresholds": of_classes or {}, "categories": [], "model": {}}
+        write_json(checkpoint / "config.json", config)
+        result = {
+            "images": 2000, "ok": 1990, "rejected": 10, "rejects": {}, "detections": {}, "folder": "out", "seconds": 1,
+            "new": found, "reused_images": 1000, "output_digest": day, "input_digest": day, "images_per_second": 3,
+            "cost_per_1000_images": None, "score_threshold": threshold, "score_thresholds": of_classes or {},
+        }  # fmt: skip
+        monkeypatch.setattr("pipelines.predict.predict", lambda *args: json.loads(json.dumps(result)))
+        settings = override_settings(RunSettings(), {f"predict.{key}": value for key, value in chosen.items()})
+        record = predict_stage(settings, tmp_path / "store", input, checkpoint, name, version)
+        file = tmp_path / "store" / "predict" / record["folder"].rpartition("/")[2] / "stage.json"
+        write_json(file, read_json(file) | {"finished": f"2026-03-{day}T01:30:00+00:00"})
+        return record["result"]
+
+    return run
+
+
+def test_a_run_is_compared_with_the_newest_of_its_kind_and_says_which(night):
+    assert night("01")["drift"] is None
+    night("02", version="2")
+    # Later, but of others: none of these is what the next night is compared with.
+    for number, other in enumerate([
+        {"input": "/other"}, {"name": "n"}, {"threshold": 0.4}, {"of_classes": {"3": 0.2}}, {"tile": 640},
+        {"precision": "bfloat16"},
+    ]):  # fmt: skip
+        assert night(f"1{number}", {**USUAL, "ok": 500}, **other)["drift"] is None
+    same = night("20", version="3")
+    assert (same["drift"]["since"][:10], same["drift"]["version"], same["drift"]["words"]) == ("2026-03-02", "2", [])
+    assert _summary(None, same)[-1] == (
+        "No more change since the run of 2026-03-02 01:30 UTC by version 2 than chance makes."
+    )
+    changed = night("21", {**USUAL, "ok": 900}, version="3")  # the same output, a night later
+    assert _summary(None, changed)[-2:] == [
+        "Compared with the run of 2026-03-20 01:30 UTC by version 3:",
+        "  10.0% of the images were rejected, before 1.0%.",
+    ]
+
+
+def test_nothing_is_said_beside_a_run_of_an_older_version(night):
+    night("01", {key: value for key, value in USUAL.items() if key != "squares"})
+    result = night("02", {**USUAL, "ok": 500})
+    assert result["drift"] is None and not any("2026" in line for line in _summary(None, result))
