@@ -110,7 +110,7 @@ def known_images(folder: Folder, manifest: dict[str, Any], again: bool) -> Itera
                 continue
             retry: set[str] = set()
             if again and part["again"]:
-                rows = _read(folder, part).select(["image_key", "status"]).to_pylist()
+                rows = read_part(folder, part).select(["image_key", "status"]).to_pylist()
                 retry = {row["image_key"] for row in rows if row["status"].startswith(TRY_AGAIN)}
             for image in images_of(folder, plan, shard):
                 yield image["key"], "?" if image["key"] in retry else image["etag"], plan["run"], shard
@@ -245,7 +245,7 @@ def finish(
         return before
     parts, total = {(part["run"], part["shard"]): part for part in before["parts"]}, add({}, before)
     for place, keys in sorted(_replaced(folder, plan, done.shards).items()):
-        old = _read(folder, parts.pop(place))
+        old = read_part(folder, parts.pop(place))
         stays = old.filter(pc.invert(pc.is_in(old["image_key"], pa.array(sorted(keys)))))
         add(total, counts(old), -1)
         if len(stays):
@@ -296,7 +296,7 @@ def tables(uri: str, say: Callable[[int], None] = lambda rows: None) -> Iterator
     if manifest is None:
         raise UserError(f"{uri} holds no finished prediction (no manifest.json); run it again.", 2)
     for part in manifest["parts"]:
-        yield _read(folder, part)
+        yield read_part(folder, part)
         say(part["rows"])
 
 
@@ -392,7 +392,8 @@ def _load(folder: Folder, name: str) -> Any:
         return None
 
 
-def _read(folder: Folder, part: dict[str, Any]) -> pa.Table:
+def read_part(folder: Folder, part: dict[str, Any]) -> pa.Table:
+    """The rows (DETECTIONS) of a part that a manifest names; UserError where it is not what was written."""
     data = folder.get(part["path"])
     if data is None or _sha256(data) != part["sha256"]:
         raise UserError(f"{folder.place(part['path'])} is not what was written; delete {folder.uri} and predict again.")

@@ -12,10 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-import pyarrow.parquet as pq
-
 from pipelines.json_stream import JsonObject, NotAnObject
-from pipelines.plan import DETECTIONS, images_of, tables
+from pipelines.plan import images_of, read_part, tables
 from pipelines.progress import progress, track
 from pipelines.settings import UserError
 from pipelines.storage import Folder, filesystem, not_done, read_listed
@@ -134,12 +132,12 @@ def save_pictures(uri: str, number: int, max_pixels: int, classes: list[str]) ->
     colours, places, owed = class_colours(classes), [], 0
     chosen = _spread(manifest["parts"], min(number, manifest["images"]))
     for part, share in track(chosen, "pictures", len(chosen)):
-        rows = [row for row in _read(folder, part) if row["status"] == "ok"]
+        rows = [row for row in read_part(folder, part).to_pylist() if row["status"] == "ok"]
         taken = min(share + owed, len(rows))  # what rejects leave wanting the next part gives, if it can
         owed += share - taken
         if not taken:
             continue
-        plan = json.loads(folder.get(f"{part['run']:04d}/plan.json"))
+        plan = json.loads(folder.get(manifest["plans"][part["run"] - 1]))
         listed = {image["key"]: image for image in images_of(folder, plan, part["shard"])}
         for row in (rows[at * len(rows) // taken] for at in range(taken)):
             image = listed[row["image_key"]]
@@ -179,10 +177,3 @@ def _spread(parts: list[dict[str, Any]], number: int) -> list[tuple[dict[str, An
             chosen.append((part, wanted - before))
         before = wanted
     return chosen
-
-
-def _read(folder: Folder, part: dict[str, Any]) -> list[dict[str, Any]]:
-    data = folder.get(part["path"])
-    if data is None or hashlib.sha256(data).hexdigest() != part["sha256"]:
-        raise UserError(f"{folder.place(part['path'])} is not what was written; delete {folder.uri} and predict again.")
-    return pq.read_table(io.BytesIO(data), schema=DETECTIONS).to_pylist()

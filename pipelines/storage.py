@@ -36,7 +36,6 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 
 from pipelines.settings import UserError
 
-TRY_AGAIN = ("there is no such file", "access to it is denied", "it changed after it was listed", "it cannot be read")
 COPIED_AT_ONCE = 2**24  # bytes
 ASKING, WORKING = 3, 10  # times S3 is tried: a wrong address is to be said soon, a night's work outlasts a busy store
 CONNECTIONS = 32  # that one process keeps to S3

@@ -166,9 +166,10 @@ def predict_stage(
     """
     from pipelines.drift import drift
     from pipelines.predict import make_recipe, predict
+    from pipelines.storage import Folder
     from pipelines.tracking import tracker
 
-    started = time.monotonic()
+    started, output = time.monotonic(), output and Folder(output).uri
     recipe = make_recipe(settings, images, column, checkpoint, model_name, version)
     folder = Path(store).resolve() / "predict" / digest({"recipe": recipe, "output": output})
     file = folder / "stage.json"
@@ -194,7 +195,7 @@ def predict_stage(
             "seconds": round(time.monotonic() - started, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
-        alike = [other for other in earlier if _way(other) == _way(record)]
+        alike = [other for other in earlier if _way(other) == _way(record) and other["result"]["new"]["images"]]
         last = max(alike, key=lambda other: other["finished"], default=None)
         apart = last and drift(result["new"], last["result"]["new"])
         result["drift"] = apart and {"since": last["finished"], "version": last["inputs"]["model"][1], **apart}
