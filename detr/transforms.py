@@ -29,6 +29,7 @@ Picture = Image.Image | torch.Tensor
 Target = dict[str, Any]
 # Of what Pillow opens: no others, some of which decode before their size can be asked, or start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
+STRIP = 2**18  # pixels of a 16-bit grey that are scaled at a time
 PER_OBJECT = ("boxes", "labels", "area", "iscrowd", "masks")
 
 
@@ -59,8 +60,7 @@ def decode_image(data: bytes, max_pixels: int, at_least: tuple[int, int] | None 
                 image.draft(None, at_least)
             image.load()
             if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-                grey = np.asarray(image).astype(np.float64) / 257
-                image = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
+                image = _to_8_bits(image)
             return image.convert("RGB")
     except ImageError:
         raise
@@ -74,6 +74,17 @@ def decode_image(data: bytes, max_pixels: int, at_least: tuple[int, int] | None 
     ) as error:  # fmt: skip
         # What Pillow's format plugins raise on damaged files.
         raise ImageError(f"it cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey divided by 257 and rounded, in strips: the small file of a large image must not fill the memory."""
+    width, height = image.size
+    pixels = np.empty((height, width), np.uint8)
+    rows = max(1, STRIP // width)
+    for top in range(0, height, rows):
+        strip = np.asarray(image.crop((0, top, width, min(top + rows, height))))
+        pixels[top : top + rows] = (np.clip(strip, 0, 65535).astype(np.uint32) + 128) // 257
+    return Image.fromarray(pixels)
 
 
 @functools.cache

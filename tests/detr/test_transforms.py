@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -141,6 +142,31 @@ def test_sixteen_bit_greys_are_scaled_and_not_clipped(kind):
     decoded = decode_image(encode(Image.fromarray(values), kind), LIMIT)
     assert np.asarray(decoded)[0, :, 0].tolist() == [0, 1, 128, 200, 255]
     assert decoded.mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian TIFF", "32-bit TIFF"])
+def test_every_sixteen_bit_grey_is_rounded_to_the_nearest(kind, monkeypatch):
+    monkeypatch.setattr(transforms, "STRIP", 300 * 7)  # the last strip is lower
+    values = np.random.default_rng(0).permutation(65536)[: 300 * 218].reshape(218, 300)
+    values = np.concatenate([values, np.arange(65536 - 300, 65536)[None]])
+    if kind == "32-bit TIFF":
+        values[0, :4] = -5, -(2**31), 65536, 2**31 - 1
+        image = Image.fromarray(values.astype(np.int32))
+    elif kind == "big-endian TIFF":
+        image = Image.frombytes("I;16B", (300, 219), values.astype(">u2").tobytes())
+    else:
+        image = Image.fromarray(values.astype(np.uint16))
+    decoded = np.asarray(decode_image(encode(image, kind.split()[-1]), LIMIT))
+    assert np.array_equal(decoded[..., 0], np.clip(np.round(values / 257), 0, 255))
+
+
+def test_a_large_sixteen_bit_grey_does_not_fill_the_memory():
+    data = encode(Image.new("I;16", (2000, 2000), 300))  # a few KB
+    tracemalloc.start()  # which sees NumPy's memory, not Pillow's own
+    decode_image(data, 4_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 4_000_000
 
 
 @pytest.mark.filterwarnings("ignore:Palette images:UserWarning")
