@@ -24,8 +24,9 @@ KEEP_BLOCKS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), 
 def job(example: str, takes_input: bool = False) -> Callable:
     """Make a command of `work(settings, store, **own options) -> result`, with the shared options and exit codes.
 
-    takes_input: an argument that is no KEY=VALUE, or names a file, goes to work as `inputs`. work returns a JSON-like
-    dict; its "exit_code", if any, is the command's, and its "text", if any, is what is printed for people.
+    takes_input: an argument that is no KEY=VALUE, or names a file, goes to work as `inputs`; one with a slash before
+    its first "=" is a path or URI, as s3://bucket/day=1. work returns a JSON-like dict; its "exit_code", if any, is
+    the command's, and its "text", if any, is what is printed for people.
     """
 
     def decorate(work: Callable[..., dict[str, Any]]) -> click.Command:
@@ -34,7 +35,7 @@ def job(example: str, takes_input: bool = False) -> Callable:
             from pipelines.settings import load_settings
 
             if takes_input:
-                own["inputs"] = [word for word in overrides if "=" not in word or os.path.exists(word)]
+                own["inputs"] = [w for w in overrides if "=" not in w or "/" in w.split("=")[0] or os.path.exists(w)]
                 overrides = [word for word in overrides if word not in own["inputs"]]
             with one_sentence(as_json):
                 settings = load_settings(config, overrides)
@@ -127,13 +128,14 @@ def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
     import logging
 
     import ray
+    from joblib import cpu_count  # of what a container or an affinity leaves
 
     from pipelines.settings import UserError
 
     options: dict[str, Any] = {"address": settings.cluster.address}
     if settings.cluster.address == "local":
         # A resumed Ray Data job starves with few CPUs, so there are at least six logical ones.
-        cpus = settings.cluster.num_cpus or max(6, os.cpu_count() or 1)
+        cpus = settings.cluster.num_cpus or max(6, cpu_count())
         options |= {"num_cpus": cpus, "include_dashboard": dashboard}
         # Nobody takes this machine back, and every process of Ray's takes a hundredth of a core.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

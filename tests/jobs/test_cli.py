@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from jobs.cli import COMMANDS, main
-from jobs.common import job
+from jobs.common import job, ray_session
+from pipelines.settings import RunSettings, UserError
 
 HEAVY = ("torch", "ray", "mlflow", "sklearn", "pyarrow", "pandas", "matplotlib", "dbos", "pydantic")
 
@@ -134,6 +136,37 @@ def test_predict_without_model_or_input(tmp_path):
     result = detr("predict", "--store", store, str(tmp_path / "a.png"), "--show")
     assert result.exit_code == 2
     assert "--model" in sentence(result)
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/photos/dt=2024-01-01", "s3://bucket/a.b=c/d", "photos/dt=1", "./dt=1",
+                                   "file:///photos/dt=1"])  # fmt: skip
+def test_a_place_with_an_equals_sign_is_an_input(place, tmp_path):
+    @job("detr test", takes_input=True)
+    def command(settings, store, inputs):
+        return {"inputs": inputs, "lr": settings.train.lr, "path": settings.data.path}
+
+    words = [place, "train.lr=0.25", "data.path=s3://bucket/dt=1"]
+    result = CliRunner().invoke(command, ["--json", "--store", str(tmp_path), *words])
+    assert json.loads(result.stdout) == {
+        "exit_code": 0, "inputs": [place], "lr": 0.25, "path": "s3://bucket/dt=1"
+    }  # fmt: skip
+
+
+def test_ray_has_the_cpus_that_a_container_leaves(monkeypatch):
+    """Not those of the machine."""
+    options = {}
+
+    def init(**given):
+        options.update(given)
+        raise ConnectionError("no")
+
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("joblib.cpu_count", lambda: 40)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(UserError, match="no Ray cluster"), ray_session(RunSettings()):
+        pass
+    assert options["num_cpus"] == 40
 
 
 def test_errors_are_json_where_json_was_asked_for(tmp_path):
