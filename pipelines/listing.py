@@ -11,6 +11,7 @@ import os
 import posixpath
 import sqlite3
 import stat
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+from botocore.exceptions import BotoCoreError, ClientError
 from pyarrow import csv
 from pyarrow.fs import FileType
 
@@ -29,24 +30,25 @@ from pipelines.progress import progress
 from pipelines.settings import RunSettings, UserError
 from pipelines.storage import (
     ASKING,
+    WORKING,
     bucket_and_key,
     etag_of,
     files_below,
     filesystem,
-    is_denied,
-    is_missing,
     is_remote,
+    is_transient,
     join,
     kind,
     list_page,
     not_done,
     patiently,
     plain,
+    reason_of,
     s3_client,
 )
 
-LISTERS, LOOKERS = 8, 16  # threads: prefixes listed side by side, and listed names looked at
-BATCH = 1024  # names looked at together; images between two words on progress
+LISTERS, LOOKERS = 8, 64  # threads: prefixes listed side by side, and listed names looked at
+BATCH = 1024  # names that wait to be looked at; images between two words on progress
 CACHE = 8 * 1024  # KiB of the listing in memory
 TABLES = (".csv", ".parquet")
 COLUMNS = ("uri", "path", "image", "file_name", "image_key")  # the first of these that is there names the images
@@ -204,7 +206,8 @@ def _below_folder(folder: str) -> Iterator[Image]:
     except OSError as error:
         raise not_done(folder, "listed", error) from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{folder} holds a file whose name is not UTF-8; rename it.", 2) from error
+        name = os.fsencode(error.object).decode("utf-8", "backslashreplace")
+        raise UserError(f"{name} is a name that is not UTF-8; rename it.", 2) from error
 
 
 def _below_prefix(folder: str) -> Iterator[Image]:
@@ -246,7 +249,7 @@ def _listed(path: str, root: str, names: Iterator[Name], absolute: tuple[str, ..
     if kind(root) != FileType.Directory:
         raise UserError(f"{path} names images in {root}, but there is no such folder.", 2)
 
-    def image(named: Name) -> Image:
+    def image(named: Name, attempts: int = WORKING) -> Image:
         where, name, image_id = named
         try:
             if name.startswith(absolute) and "\0" not in name:
@@ -255,19 +258,27 @@ def _listed(path: str, root: str, names: Iterator[Name], absolute: tuple[str, ..
                 key, uri = posixpath.normpath(name), image_place(root, name)
         except ValueError as error:
             raise UserError(f"{path}, {where}: {name!r} {error}.", 2) from error
-        return Image(key, uri, *_look(uri), image_id)
+        return Image(key, uri, *_look(uri, attempts), image_id)
 
-    with ThreadPoolExecutor(LOOKERS) as pool:
-        first = True
-        while batch := list(islice(names, BATCH)):
-            yield from pool.map(image, batch)
-            first = False
-    if first:
+    first = next(names, None)
+    if first is None:
         raise UserError(f"{path} names no image.", 2)
+    yield image(first, ASKING)
+    pool = ThreadPoolExecutor(LOOKERS)
+    try:
+        ahead = deque(pool.submit(image, named) for named in islice(names, BATCH))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(image, named) for named in islice(names, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _look(uri: str) -> tuple[str, int]:
-    """(etag, size) of a file; ("", 0) of one that is not there or not for us, which is said when it is to be read."""
+def _look(uri: str, attempts: int = ASKING) -> tuple[str, int]:
+    """(etag, size) of a file; ("", 0) of one that is not there or not for us, which is said when it is to be read.
+
+    Raises UserError where others would fare alike, as `reason_of`. attempts: how often S3 is tried.
+    """
     bucket, key = bucket_and_key(uri)
     if bucket is None:
         try:
@@ -275,14 +286,18 @@ def _look(uri: str) -> tuple[str, int]:
         except (OSError, ValueError):
             return "", 0
         return (etag_of(info), info.st_size) if stat.S_ISREG(info.st_mode) else ("", 0)
+    client, address = s3_client(1), {"Bucket": bucket, "Key": key}
     try:
-        found = patiently(lambda: s3_client(1).head_object(Bucket=bucket, Key=key))
-    except ParamValidationError:
-        return "", 0
+        try:
+            found = patiently(lambda: client.head_object(**address), attempts)
+        except ClientError as error:
+            if is_transient(error):
+                raise
+            found = patiently(lambda: client.get_object(**address), attempts)  # HEAD does not say what is amiss
+            found["Body"].close()
     except (BotoCoreError, ClientError) as error:
-        if is_missing(error) or is_denied(error):
-            return "", 0
-        raise not_done(uri, "read", error) from error
+        reason_of(uri, error)
+        return "", 0
     return found["ETag"].strip('"'), found["ContentLength"]
 
 

@@ -37,8 +37,19 @@ from botocore.exceptions import ConnectionError as NoConnectionError
 from pipelines.settings import UserError
 
 COPIED_AT_ONCE = 2**24  # bytes
-ASKING, WORKING = 3, 10  # times S3 is tried: a wrong address is to be said soon, a night's work outlasts a busy store
-CONNECTIONS = 32  # that one process keeps to S3
+ASKING, WORKING = 3, 46  # times S3 is tried: a wrong address is to be said soon, a night's work outlasts a busy store
+PATIENCE = 600  # seconds after which S3 is not tried again; WORKING tries and their pauses take as long
+CONNECTIONS = 64  # that one process keeps to S3
+# Why a file that was listed cannot be had, where that does not lie in its bytes: how all reasons begin that may be
+# otherwise at the next try.
+GONE, DENIED, CHANGED = "there is no such file", "access to it is denied", "it changed after it was listed"
+NO_FILE, UNREADABLE, NOT_GIVEN = "it is not a file", "it cannot be read", "the store cannot give it"
+TRY_AGAIN = (GONE, DENIED, CHANGED, NO_FILE, UNREADABLE, NOT_GIVEN)
+# Of what S3 refuses, what it may refuse of one object: "403" and "" are of an answer without a word.
+DENIED_ALONE = ("AccessDenied", "AllAccessDisabled", "403", "")
+OUT_OF_DATE = ("ExpiredToken", "InvalidToken", "RequestExpired", "TokenRefreshRequired")  # said with status 400, too
+# The last two: of a bucket in another region.
+NO_BUCKET = ("NoSuchBucket", "InvalidBucketName", "PermanentRedirect", "AuthorizationHeaderMalformed")
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 AWAY = (NoConnectionError, HTTPClientError)
 T = TypeVar("T")
@@ -222,62 +233,95 @@ def read_file(uri: str | Path, largest: int | None = None) -> tuple[bytes | None
         if fs.type_name == "local":
             info = fs.get_file_info(path)
             if info.type not in (pafs.FileType.File, pafs.FileType.NotFound):  # reading a pipe would wait for ever
-                return None, "it is not a file"
+                return None, NO_FILE
         with fs.open_input_file(path) as stream:
             if largest is not None and stream.size() > largest:
                 return None, f"the file is larger than {largest >> 20} MiB"
             return stream.read(), None
     except FileNotFoundError:
-        return None, "there is no such file"
+        return None, GONE
     except OSError as error:
         if is_denied(error):
-            return None, "access to it is denied"
+            return None, DENIED
         if is_remote(uri):
             raise UserError(f"{uri} cannot be read: {explain(error)}") from error
-        return None, f"it cannot be read ({os.strerror(error.errno or errno.EIO)})"
+        return None, f"{UNREADABLE} ({os.strerror(error.errno or errno.EIO)})"
 
 
 def read_listed(uri: str, etag: str, size: int) -> tuple[bytes | None, str | None]:
     """(the bytes of a file that was listed with this etag and size, None), or (None, why they cannot be had).
 
-    Of a file that was not there then (etag ""), too. Raises UserError (exit code 1) where the object store does not
-    answer.
+    Of a file that was not there then (etag ""), too. Raises UserError where others would fare alike, as `reason_of`.
     """
     bucket, key = bucket_and_key(uri)
     if bucket is None:
         return _read_local(key, etag)
 
-    def ask() -> tuple[str, bytes]:
+    def ask() -> bytes | None:
         answer = s3_client(1).get_object(Bucket=bucket, Key=key)
-        return answer["ETag"].strip('"'), answer["Body"].read()
+        if (answer["ETag"].strip('"'), answer.get("ContentLength", size)) == (etag, size):
+            return answer["Body"].read()
+        answer["Body"].close()  # of what may be anything now, nothing is read
+        return None
 
     try:
-        found, data = patiently(ask)
+        data = patiently(ask)
     except (BotoCoreError, ClientError) as error:
-        if is_transient(error) or isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-            raise not_done(uri, "read", error) from error
-        if is_denied(error):
-            return None, "access to it is denied"
-        if is_missing(error):
-            return None, "there is no such file"
-        return None, explain(error).rstrip(".")
-    return (data, None) if (found, len(data)) == (etag, size) else (None, "it changed after it was listed")
+        return None, reason_of(uri, error)
+    return (data, None) if data is not None and len(data) == size else (None, CHANGED)
+
+
+def reason_of(uri: str, error: Exception) -> str:
+    """Why an object cannot be had, where S3's error is of this one alone.
+
+    Raises UserError otherwise: exit code 2 for the account, its clock and its bucket, 1 where the store does not
+    answer. So a damaged object does not end the work, and credentials that run out do not make reasons of the rest.
+    """
+    code = _code(error)
+    if is_missing(error):
+        return GONE
+    if isinstance(error, ParamValidationError):
+        return explain(error).rstrip(".")
+    if is_transient(error):
+        ask = partial(s3_client(1).list_objects_v2, Bucket=bucket_and_key(uri)[0], MaxKeys=1)
+        try:
+            patiently(ask, ASKING)
+        except (BotoCoreError, ClientError) as other:
+            if is_transient(other):
+                raise not_done(uri, "read", error) from error
+            if not _is_of_one(other):
+                raise not_done(uri, "read", other) from error
+    elif not _is_of_one(error):
+        raise not_done(uri, "read", error) from error
+    elif is_denied(error):
+        return DENIED
+    return f"{NOT_GIVEN} ({code or type(error).__name__})"
+
+
+def _is_of_one(error: Exception) -> bool:
+    """Whether an error that lasts may be of one object alone."""
+    if not isinstance(error, ClientError) or _code(error) in NO_BUCKET:
+        return False
+    return not is_denied(error) or _code(error) in DENIED_ALONE
 
 
 def _read_local(path: str, etag: str) -> tuple[bytes | None, str | None]:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
-            return None, "it is not a file"
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
+            return None, NO_FILE
+        if etag_of(info) != etag:
+            return None, CHANGED
         with open(path, "rb") as file:
-            data = file.read()
+            data = file.read(info.st_size + 1)  # no more than that, however it grows
             found = etag_of(os.fstat(file.fileno()))
     except FileNotFoundError:
-        return None, "there is no such file"
+        return None, GONE
     except PermissionError:
-        return None, "access to it is denied"
+        return None, DENIED
     except OSError as error:
-        return None, f"it cannot be read ({os.strerror(error.errno or errno.EIO)})"
-    return (data, None) if found == etag else (None, "it changed after it was listed")
+        return None, f"{UNREADABLE} ({os.strerror(error.errno or errno.EIO)})"
+    return (data, None) if (found, len(data)) == (etag, info.st_size) else (None, CHANGED)
 
 
 def etag_of(info: os.stat_result) -> str:
@@ -449,10 +493,10 @@ def patiently(ask: Callable[[], T], attempts: int = WORKING) -> T:
     boto3's own retries end where the body of an answer begins, and share what they may use up among all threads of a
     process: after 35 of them a store that is away for seconds is given up. So ask() does without (`s3_client(1)`).
     """
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_random_exponential
 
-    pauses = wait_random_exponential(multiplier=0.5, max=20)  # seconds; three quarters of a minute in all
-    stop = stop_after_attempt(attempts)
+    pauses = wait_random_exponential(multiplier=0.5, max=30)  # seconds
+    stop = stop_after_attempt(attempts) | stop_after_delay(PATIENCE)  # a store that hangs takes a minute a try
     return Retrying(retry=retry_if_exception(is_transient), stop=stop, wait=pauses, reraise=True)(ask)
 
 
@@ -493,15 +537,17 @@ def from_task(error: Exception) -> UserError | None:
 
 def not_done(uri: str | Path, what: str, error: Exception) -> UserError:
     """That a file cannot be `what` (read, written, listed), and why: exit code 2 where somebody must let us."""
-    may_not = is_denied(error) or isinstance(error, (NoCredentialsError, PartialCredentialsError, ParamValidationError))
-    return UserError(f"{uri} cannot be {what}: {explain(error)}", 2 if may_not or _code(error) == "NoSuchBucket" else 1)
+    ours = isinstance(error, BotoCoreError) and not is_transient(error)  # credentials, certificates, names
+    code = 2 if ours or is_denied(error) or _code(error) in NO_BUCKET else 1
+    return UserError(f"{uri} cannot be {what}: {explain(error)}", code)
 
 
 def explain(error: Exception) -> str:
     """What an error of a file system or of S3 means, in a sentence."""
     text = " ".join(str(error).split())
     if is_denied(error):
-        return "access is denied; check who may read it (on S3, the AWS_* variables)."
+        said = "" if _code(error) in DENIED_ALONE else f" ({_code(error)})"
+        return f"access is denied{said}; check who may read it (on S3, the AWS_* variables)."
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
         return "there is no such bucket."
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
@@ -512,6 +558,8 @@ def explain(error: Exception) -> str:
         if is_transient(error):
             return f"the object store is busy or broken ({_code(error)}); try again later."
         return f"the object store says {_code(error)} ({error.response['Error'].get('Message', '').rstrip('.')})."
+    if isinstance(error, SSLError):
+        return f"the object store's certificate is not trusted ({text.rstrip('.')})."
     if "NETWORK_CONNECTION" in text or "curlCode" in text or isinstance(error, AWAY):
         return "the object store does not answer; check AWS_ENDPOINT_URL and the network."
     return text.rstrip(".") + "."
@@ -521,7 +569,7 @@ def is_denied(error: Exception) -> bool:
     """Whether the error says that the file or bucket is there, but not for us."""
     if isinstance(error, ClientError):
         archived = _code(error) == "InvalidObjectState"  # 403, but nobody may read it before it is restored
-        return (_status(error) in (401, 403) and not archived) or _code(error) in ("ExpiredToken", "InvalidToken")
+        return (_status(error) in (401, 403) and not archived) or _code(error) in OUT_OF_DATE
     text = str(error)
     return isinstance(error, PermissionError) or any(
         mark in text for mark in ("ACCESS_DENIED", "AccessDenied", "HTTP status 403", "HTTP status 401")

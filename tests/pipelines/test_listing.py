@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Picture
 
+from pipelines import listing as listing_module
 from pipelines.listing import BATCH, Image, Listing, find_images, list_images
 from pipelines.settings import UserError, load_settings
 
@@ -168,7 +171,7 @@ def test_an_input_that_cannot_be_used_is_explained(tmp_path):
     for name, words in [
         ("nowhere", "There is no file or folder"),
         ("empty", "There is no image below"),
-        ("strange", "holds a file whose name is not UTF-8; rename it"),
+        ("strange", r"strange/\\xff\.png is a name that is not UTF-8; rename it"),
         ("twice.txt", r"twice.txt, image 3: 'a.png' was named before; name it once"),
         ("blank.txt", "names no image"),
         ("latin.txt", "is not UTF-8"),
@@ -207,6 +210,46 @@ def test_a_long_list_is_not_read_to_its_end_before_its_first_image_comes(tmp_pat
         assert [next(found).key for _ in range(2 * BATCH)] == lines[:-1]
         with pytest.raises(UserError, match="leaves the images folder"):
             next(found)
+
+
+def long_list(folder: Path) -> Path:
+    (folder / "list.txt").write_text("\n".join(f"{n}.png" for n in range(2 * BATCH)))
+    return folder / "list.txt"
+
+
+def test_many_names_are_looked_at_at_a_time_and_none_waits_for_a_slow_one(tmp_path, monkeypatch):
+    side_by_side, further = threading.Barrier(64), threading.Event()
+    waited = []
+
+    def look(uri, *attempts):
+        number = int(Path(uri).stem)
+        if 1 <= number <= 64:
+            side_by_side.wait(20)
+        if number == BATCH - 10:  # the slow one
+            waited.append(further.wait(20))
+        if number == BATCH + 500:
+            further.set()
+        return "e", number
+
+    monkeypatch.setattr(listing_module, "_look", look)
+    found = list(find_images(long_list(tmp_path), SETTINGS))
+    assert [image.size for image in found] == list(range(2 * BATCH)) and waited == [True]
+
+
+def test_names_that_wait_are_not_looked_at_when_one_ends_the_listing(tmp_path, monkeypatch):
+    looked = []
+
+    def look(uri, *attempts):
+        looked.append(uri)
+        time.sleep(0.02)
+        if uri.endswith("/10.png"):
+            raise UserError("The credentials are no more.", 2)
+        return "e", 1
+
+    monkeypatch.setattr(listing_module, "_look", look)
+    with pytest.raises(UserError, match="no more"):
+        list(find_images(long_list(tmp_path), SETTINGS))
+    assert len(looked) < BATCH // 2
 
 
 # --- the listing

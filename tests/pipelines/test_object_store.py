@@ -131,6 +131,7 @@ def test_what_is_listed_in_a_bucket_is_read(reachable, store, folder):
     assert [image.key for image in listed] == ["images/a b/1ü.png", "s3://data/one//odd.png"]
     assert read(listed[1]) == (b"odd", None)
     (below,) = list_images("s3://data/one/", RunSettings())
+    assert list_images("s3://data/one", RunSettings()) == [below]
     assert below.key == "/odd.png" and below[1:] == listed[1][1:]
     (single,) = list_images("s3://data/sets/shapes/images/a b/1ü.png", RunSettings())
     assert single.key == "1ü.png" and single[1:] == listed[0][1:]
@@ -142,7 +143,7 @@ def test_a_table_in_a_bucket_names_images_anywhere(reachable, store, folder, tmp
     local = tmp_path / "here.png"
     local.write_bytes(b"here")
     names = ["images/a b/0ü.png", "s3://data/sets/shapes/images/a b/1ü.png", "s3://data/none.png",
-             "s3://nothing/a.png", "s3://data", str(local)]  # fmt: skip
+             "s3://data", str(local)]  # fmt: skip
     pq.write_table(pa.table({"image": names}), tmp_path / "list.parquet")
     (tmp_path / "list.csv").write_text("\n".join(["image", *names]))
     found = {}
@@ -154,8 +155,11 @@ def test_a_table_in_a_bucket_names_images_anywhere(reachable, store, folder, tmp
     assert said[names[0]][0] == (folder / "images" / "a b" / "0ü.png").read_bytes()
     assert said[names[1]][0] == (folder / "images" / "a b" / "1ü.png").read_bytes()
     assert said[str(local)] == (b"here", None)
-    assert [said[name][1] for name in names[2:4]] == ["there is no such file", "there is no such bucket"]
-    assert "not one that S3 takes" in said["s3://data"][1]
+    assert said[names[2]][1] == "there is no such file" and "not one that S3 takes" in said["s3://data"][1]
+    (tmp_path / "list.csv").write_text("\n".join(["image", *names, "s3://nothing/a.png"]))
+    with pytest.raises(UserError, match=r"s3://nothing/a\.png cannot be read: there is no such bucket") as error:
+        list_images(tmp_path / "list.csv", RunSettings())
+    assert error.value.exit_code == 2
 
 
 def test_what_changes_after_it_was_listed_is_not_taken_for_it(reachable, store, monkeypatch):
@@ -171,7 +175,9 @@ def test_what_changes_after_it_was_listed_is_not_taken_for_it(reachable, store, 
     assert read(gone) == (None, "there is no such file")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3_client.cache_clear()
-    assert read(same) == (None, "access to it is denied")
+    with pytest.raises(UserError, match="access is denied") as error:
+        read(same)
+    assert error.value.exit_code == 2
 
 
 def test_a_bucket_of_several_pages_is_listed_whole(reachable, store):

@@ -7,16 +7,21 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pyarrow.fs as pafs
 import pytest
+from botocore.exceptions import ConnectTimeoutError
 
 from pipelines import storage
-from pipelines.settings import UserError
+from pipelines.listing import find_images, list_images
+from pipelines.settings import RunSettings, UserError
 from pipelines.storage import (
     ASKING,
+    PATIENCE,
+    TRY_AGAIN,
     WORKING,
     Folder,
     _s3,
@@ -27,6 +32,7 @@ from pipelines.storage import (
     join,
     kind,
     list_files,
+    patiently,
     read_file,
     read_listed,
     s3_client,
@@ -243,16 +249,50 @@ def test_a_local_file_is_read_if_it_is_as_listed(tmp_path):
     assert read_listed(str(path), etag, 5) == read_listed(str(path), "", 0) == (None, "there is no such file")
     os.mkfifo(path)
     assert read_listed(str(path), etag, 5) == read_listed(str(tmp_path), "", 0) == (None, "it is not a file")
+    for reason in ("there is no such file", changed[1], "it is not a file"):
+        assert reason.startswith(TRY_AGAIN)
 
 
 def test_a_local_file_that_we_may_not_read_has_its_reason(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"1")
+    etag, errors = etag_of((tmp_path / "a").stat()), []
 
     def refuse(*args, **kwargs):  # root, as whom tests may run, is refused nothing
-        raise PermissionError(13, "Permission denied")
+        raise errors[-1]
 
     monkeypatch.setattr("builtins.open", refuse)
-    assert read_listed(str(tmp_path / "a"), "x", 1) == (None, "access to it is denied")
+    for error, reason in ((PermissionError(13, ""), "access to it is denied"),
+                          (OSError(5, ""), "it cannot be read (Input/output error)")):  # fmt: skip
+        errors.append(error)
+        assert read_listed(str(tmp_path / "a"), etag, 1) == (None, reason) and reason.startswith(TRY_AGAIN)
+    assert read_listed(str(tmp_path / "a"), "x", 1) == (None, "it changed after it was listed")  # unopened
+
+
+def test_of_a_local_file_that_grows_while_it_is_read_no_more_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    info = path.stat()
+    path.write_bytes(bytes(2**24))
+    monkeypatch.setattr(os, "stat", lambda *_, **__: info)
+    tracemalloc.start()
+    found = read_listed(str(path), etag_of(info), 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == (None, "it changed after it was listed") and peak < 2**20
+
+
+@pytest.mark.parametrize("etag", ["e0", "e1"])
+def test_of_an_object_that_was_replaced_nothing_is_read(serve, pauses, etag):
+    """Its answer promises a gigabyte and breaks off, which is noticed where it is read."""
+    asked = []
+
+    def answer(request):
+        asked.append(request.path)
+        return 200, b"pict", {"ETag": f'"{etag}"', "Content-Length": str(2**30)}
+
+    serve(answer)
+    assert read_listed("s3://bucket/a.jpg", "e1", 7) == (None, "it changed after it was listed")
+    assert len(asked) == 1 and not pauses
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again(serve, pauses):
@@ -270,20 +310,91 @@ def test_an_answer_that_breaks_off_is_asked_for_again(serve, pauses):
 
 
 @pytest.mark.parametrize(
-    "status, code, reason",
+    "status, body, reason",
     [
-        (404, b"NoSuchKey", "there is no such file"),
-        (404, b"NoSuchBucket", "there is no such bucket"),
-        (403, b"AccessDenied", "access to it is denied"),
-        (403, b"InvalidAccessKeyId", "access to it is denied"),
-        (400, b"ExpiredToken", "access to it is denied"),
-        (403, b"InvalidObjectState", "the object store says InvalidObjectState (no)"),
+        (404, error(b"NoSuchKey"), "there is no such file"),
+        (403, error(b"AccessDenied"), "access to it is denied"),
+        (403, error(b"AllAccessDisabled"), "access to it is denied"),
+        (403, b"", "access to it is denied"),
+        (403, error(b"InvalidObjectState"), "the store cannot give it (InvalidObjectState)"),  # archived
+        (400, error(b"InvalidRequest"), "the store cannot give it (InvalidRequest)"),  # under a key of its own
     ],
 )
-def test_what_a_store_refuses_is_the_reason_at_once(serve, pauses, status, code, reason):
-    serve(lambda request: (status, error(code)))
+def test_what_a_store_refuses_of_one_object_is_the_reason_at_once(serve, pauses, status, body, reason):
+    serve(lambda request: (status, body))
     assert read_listed("s3://bucket/a.jpg", "e1", 7) == (None, reason) and not pauses
-    assert read_listed("s3://No Bucket/a.jpg", "e1", 7)[1] == "its bucket's name or its own is not one that S3 takes"
+    assert reason.startswith(TRY_AGAIN)
+    unfit = read_listed("s3://No Bucket/a.jpg", "e1", 7)[1]
+    assert unfit == "its bucket's name or its own is not one that S3 takes" and not unfit.startswith(TRY_AGAIN)
+
+
+@pytest.mark.parametrize(
+    "status, code, words",
+    [
+        (404, "NoSuchBucket", "there is no such bucket"),
+        (400, "AuthorizationHeaderMalformed", "AuthorizationHeaderMalformed"),  # of another region
+        (400, "ExpiredToken", r"access is denied \(ExpiredToken\); check"),
+        (403, "ExpiredToken", r"access is denied \(ExpiredToken\); check"),
+        (400, "InvalidToken", r"access is denied \(InvalidToken\); check"),
+        (403, "RequestTimeTooSkewed", r"access is denied \(RequestTimeTooSkewed\); check"),
+        (403, "InvalidAccessKeyId", r"access is denied \(InvalidAccessKeyId\); check"),
+        (403, "SignatureDoesNotMatch", r"access is denied \(SignatureDoesNotMatch\); check"),
+    ],
+)
+def test_what_a_store_refuses_of_all_objects_ends_the_work(serve, pauses, tmp_path, status, code, words):
+    """Or credentials that expire at night would make a reason of every image that was left."""
+    serve(lambda request: (status, error(code.encode())))
+    (tmp_path / "list.txt").write_text("s3://bucket/a.jpg\n")
+    for ask in (lambda: read_listed("s3://bucket/a.jpg", "e1", 7),
+                lambda: list_images(tmp_path / "list.txt", RunSettings())):  # fmt: skip
+        with pytest.raises(UserError, match=f"s3://bucket/a.jpg cannot be read: .*{words}") as found:
+            ask()
+        assert found.value.exit_code == 2 and not pauses
+
+
+def test_a_certificate_that_is_not_trusted_ends_the_work(serve, monkeypatch, pauses):
+    from botocore.exceptions import SSLError
+
+    def ask(**address):
+        raise SSLError(endpoint_url="https://s3.example.org", error="certificate verify failed")
+
+    serve(lambda request: (200, b""))
+    monkeypatch.setattr(s3_client(1), "get_object", ask)
+    with pytest.raises(UserError, match="certificate verify failed") as found:
+        read_listed("s3://bucket/a.jpg", "e1", 7)
+    assert found.value.exit_code == 2 and not pauses
+
+
+def test_what_is_amiss_with_one_name_of_a_list_is_left_to_its_reading(serve, pauses, tmp_path):
+    """A HEAD that fails does not say why, so that what it says is never the last word."""
+    said = {"gone": (404, error(b"NoSuchKey")), "shut": (403, error(b"AccessDenied")),
+            "bad": (500, error(b"InternalError"))}  # fmt: skip
+
+    def answer(request):
+        name = request.path.removeprefix("/bucket/").removesuffix(".jpg")
+        there = (200, b"picture", {"ETag": '"e1"'})
+        return {"ok": there, **said}.get(name, (200, b"<ListBucketResult/>"))
+
+    serve(answer)
+    (tmp_path / "list.txt").write_text("".join(f"s3://bucket/{name}.jpg\n" for name in ("ok", *said)))
+    found = {image.key[12:-4]: (image.etag, image.size) for image in find_images(tmp_path / "list.txt", RunSettings())}
+    assert found == {"ok": ("e1", 7), "gone": ("", 0), "shut": ("", 0), "bad": ("", 0)}
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ((500, error(b"InternalError")), "the store cannot give it (InternalError)"),
+        ((200, b"pict", {"ETag": '"e1"', "Content-Length": "7"}), "the store cannot give it (ResponseStreamingError)"),
+        ((200, b"picture", {"ETag": '"e1"', "x-amz-checksum-crc32": "AAAAAA=="}),
+         "the store cannot give it (FlexibleChecksumError)"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("listing", [(200, b"<ListBucketResult/>"), (403, error(b"AccessDenied"))])
+def test_a_damaged_object_is_a_reason_where_its_store_answers(serve, pauses, answer, reason, listing):
+    serve(lambda request: answer if request.path.startswith("/bucket/a.jpg") else listing)
+    assert read_listed("s3://bucket/a.jpg", "e1", 7) == (None, reason) and reason.startswith(TRY_AGAIN)
+    assert len(pauses) == WORKING - 1
 
 
 def test_a_store_that_stays_away_ends_the_work(serve, pauses):
@@ -296,18 +407,34 @@ def test_a_store_that_stays_away_ends_the_work(serve, pauses):
     serve(answer)
     with pytest.raises(UserError, match=r"s3://bucket/a.jpg cannot be read: .*busy or broken \(SlowDown\)") as found:
         read_listed("s3://bucket/a.jpg", "e1", 7)
-    assert found.value.exit_code == 1 and len(asked) == WORKING
-    assert len(pauses) == WORKING - 1 and max(pauses) <= 20 and sum(pauses) > 5
+    assert found.value.exit_code == 1 and asked[:WORKING] == ["/bucket/a.jpg"] * WORKING
+    assert len(asked) == WORKING + ASKING  # at last, whether it answers at all
+    assert 300 < sum(pauses) < 900 and max(pauses) <= 30  # about ten minutes
+    asked.clear()
     with pytest.raises(UserError, match="busy or broken") as found:
         Folder("s3://bucket/out").put("a", b"1")
-    assert found.value.exit_code == 1 and len(asked) == 2 * WORKING
+    assert found.value.exit_code == 1 and len(asked) == WORKING
+
+
+def test_a_store_that_hangs_is_not_waited_for_much_longer(monkeypatch, pauses):
+    now, asked = [0.0], []
+
+    def hang():
+        asked.append(1)
+        now[0] += 50
+        raise ConnectTimeoutError(endpoint_url="http://s3.example.org")
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with pytest.raises(ConnectTimeoutError):
+        patiently(hang)
+    assert len(asked) * 50 == PATIENCE
 
 
 def test_what_is_amiss_with_the_variables_is_said(serve, monkeypatch, pauses):
     serve(lambda request: (403, error(b"SignatureDoesNotMatch")))
     folder = Folder("s3://bucket/out")
     for ask in (lambda: folder.get("a"), lambda: folder.create("a", b""), lambda: folder.names("")):
-        with pytest.raises(UserError, match="access is denied; check") as found:
+        with pytest.raises(UserError, match=r"access is denied \(SignatureDoesNotMatch\); check") as found:
             ask()
         assert found.value.exit_code == 2 and "secret" not in str(found.value)
     serve(lambda request: (404, error(b"NoSuchBucket")))
