@@ -45,7 +45,7 @@ from pipelines.plan import (
 from pipelines.progress import progress
 from pipelines.settings import RunSettings, UserError, digest
 from pipelines.stage import read_json
-from pipelines.storage import Folder, from_task, read_listed
+from pipelines.storage import Folder, from_task, kind, read_listed
 from pipelines.tiles import merge, tiles
 from pipelines.tracking import Tracker
 
@@ -107,6 +107,7 @@ def predict(
     """
     folder = Folder(str(output))
     recipe = make_recipe(settings, input, column, checkpoint, model_name, model_version)
+    kind(folder.uri)  # a store that does not answer is to be said soon
     refuse_other(folder, recipe)  # before the images are listed, which may take long
     manifest, run_id = load_manifest(folder), None
     new, here, seconds = add({}, counts(DETECTIONS.empty_table())), 0, 0.0
@@ -174,7 +175,7 @@ def make_recipe(
     return {
         "format": 2,
         "rows": ROWS,
-        "input": str(input).rstrip("/") if "://" in str(input) else str(Path(input).expanduser().absolute()),
+        "input": Folder(input).uri,  # one way to write it
         "column": column,
         "model": {"name": model_name, "version": str(model_version)},
         "weights_sha256": _sha256(Path(checkpoint) / "model.safetensors"),
