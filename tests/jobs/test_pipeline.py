@@ -1,6 +1,7 @@
 """The whole pipeline, killed and undisturbed, at a size that ends in minutes."""
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -9,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -34,6 +37,21 @@ def finish(process: subprocess.Popen, expected: int = 0) -> tuple[dict, str]:
     out, err = process.communicate(timeout=500)
     assert process.returncode == expected, err
     return json.loads(out.strip().splitlines()[-1]), err
+
+
+@pytest.fixture
+def call(ray_cluster):
+    """As `finish(start(...))`, in this process and by the session's Ray."""
+
+    def call(command: str, store: Path, *more: str, expected: int = 0) -> tuple[dict, str]:
+        module = importlib.import_module(f"jobs.{command}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "ray_session", lambda settings: nullcontext(), raising=False)
+            done = CliRunner().invoke(module.main, ["--store", str(store), "--json", *SMALL, *more])
+        assert done.exit_code == expected, done.output
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    return call
 
 
 def wait_for_checkpoint(store: Path, process: subprocess.Popen) -> None:
@@ -63,12 +81,24 @@ def killed(tmp_path_factory) -> tuple[Path, dict, str]:
 
 
 @pytest.mark.timeout(900)
-def test_a_killed_pipeline_goes_on_and_ends_as_a_straight_one(killed, tmp_path):
-    _, result, log = killed
+def test_a_killed_pipeline_goes_on_where_it_stopped(killed):
+    store, result, log = killed
     assert "Going on with the pipeline that was stopped" in log
     assert "going on from step" in log
     stages = {s["stage"]: s for s in result["stages"]}
     assert stages["train"]["seconds"] > 0
+    history = json.loads((Path(result["checkpoint"]).parent / "history.json").read_text())
+    assert [v["step"] for v in history["validations"]] == [6, 12, 18, 24] and history["steps"][-1]["step"] == 24
+    (progress,) = store.glob("train/*/progress.jsonl")
+    records = map(json.loads, progress.read_text().splitlines())
+    first, again = (record["step"] for record in records if record["event"] == "start")
+    assert first == 0 and again in (6, 12, 18)
+
+
+@pytest.mark.long  # that a training's weights are the same after a kill, test_training_faults.py says, too
+@pytest.mark.timeout(900)
+def test_a_killed_pipeline_ends_as_a_straight_one(killed, tmp_path):
+    _, result, _ = killed
     straight, _ = finish(start("train", tmp_path / "store"))
     places = (result["checkpoint"], straight["checkpoint"])
     ours, theirs = (load_file(Path(place) / "model.safetensors") for place in places)
@@ -77,10 +107,11 @@ def test_a_killed_pipeline_goes_on_and_ends_as_a_straight_one(killed, tmp_path):
         assert (value == theirs[key]).all(), key
 
 
-def test_what_a_pipeline_left_can_be_followed_both_ways(killed):
+@pytest.mark.ray
+def test_what_a_pipeline_left_can_be_followed_both_ways(killed, call):
     store, result, _ = killed
     for asked in (result["dataset"]["digest"], f"models:/{result['model']}@champion", result["predictions"]):
-        found, _ = finish(start("lineage", store, asked))
+        found, _ = call("lineage", store, asked)
         assert [dataset["id"] for dataset in found["datasets"]] == [result["dataset"]["digest"]]
         [run], [weights] = found["runs"], found["weights"]
         assert (run["stage"], run["status"], run["changed"]["train.budget"]) == ("train", "FINISHED", "24 steps")
@@ -91,12 +122,13 @@ def test_what_a_pipeline_left_can_be_followed_both_ways(killed):
         assert len(found["unknown"]) == 1
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_a_killed_ingest_goes_on_where_it_stopped(tmp_path):
+def test_a_killed_ingest_goes_on_where_it_stopped(tmp_path, call):
     data, rng = tmp_path / "data", np.random.default_rng(0)
     (data / "images").mkdir(parents=True)
     pixels = rng.integers(0, 255, (1500, 2000, 3), np.uint8)  # decoded in a tenth of a second, so that there is time
-    for split, numbers in (("train", range(30)), ("val", range(30, 32))):
+    for split, numbers in (("train", range(20)), ("val", range(20, 22))):
         images = [{"id": n, "file_name": f"{n}.png", "width": 2000, "height": 1500} for n in numbers]
         for image in images:
             pixels[0, 0] = image["id"]
@@ -115,11 +147,11 @@ def test_a_killed_ingest_goes_on_where_it_stopped(tmp_path):
     first.communicate()
     (folder,) = (tmp_path / "store" / "ingest").iterdir()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("train-*.json")}
-    assert 3 <= len(before) < 30 and not (folder / "dataset.json").exists()
-    result, _ = finish(start("ingest", tmp_path / "store", *told))
-    assert result["images"] == {"train": 30, "val": 2}
+    assert 3 <= len(before) < 20 and not (folder / "dataset.json").exists()
+    result, _ = call("ingest", tmp_path / "store", *told)
+    assert result["images"] == {"train": 20, "val": 2}
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    straight, _ = finish(start("ingest", tmp_path / "other", *told))
+    straight, _ = call("ingest", tmp_path / "other", *told)
     assert result["digest"] == straight["digest"]
 
 
@@ -151,31 +183,33 @@ def test_a_second_run_does_nothing_again(killed):
         assert f"{stage} already done" in log
 
 
-def test_commands_find_what_the_pipeline_left(killed, tmp_path):
+@pytest.mark.ray
+def test_commands_find_what_the_pipeline_left(killed, call, tmp_path):
     store, result, _ = killed
-    found, _ = finish(start("evaluate", store, "--split", "test"))
+    found, _ = call("evaluate", store, "--split", "test")
     assert found["AP"] == result["AP"]["test"] and found["reused"]
-    said, _ = finish(start("promote", store))
+    said, _ = call("promote", store)
     assert said["promoted"] and "already" in said["reason"]
-    refused, _ = finish(start("promote", store, "gate.min_ap=1", "--why", "to see"), expected=3)
+    refused, _ = call("promote", store, "gate.min_ap=1", "--why", "to see", expected=3)
     assert not refused["promoted"] and refused["reason"]
-    told, _ = finish(start("history", store))
+    told, _ = call("history", store)
     whats = [row["what"] for row in told["history"]]  # the pipeline may have asked more than once
     assert set(whats[:-1]) == {"promoted"} and whats[-1] == "refused"
     assert told["history"][-1]["why"] == "to see" and told["champion"] == result["version"]
-    error, _ = finish(start("rollback", store, "--why", "to see"), expected=2)
+    error, _ = call("rollback", store, "--why", "to see", expected=2)
     assert "was the first champion" in error["error"]
 
     image = next((store / "sample").glob("*/sample/images/val_*"))
     picture = tmp_path / "out.png"
-    shown, _ = finish(start("predict", store, str(image), "--show", "--output", str(picture)))
+    shown, _ = call("predict", store, str(image), "--show", "--output", str(picture))
     assert shown["picture"] == str(picture)
     assert max(Image.open(picture).size) >= 400
 
 
 def test_a_second_model_is_measured_beside_the_champion(killed):
     store, result, _ = killed
-    second, log = finish(start("pipeline", store, "sweep.in_pipeline=false", "train.budget=4 steps"), expected=3)
+    changes = ("sweep.in_pipeline=false", "train.budget=4 steps", "train.validations=1")
+    second, log = finish(start("pipeline", store, *changes), expected=3)
     verdict = second["verdict"]
     assert verdict["version"] != verdict["champion"] == result["version"] and "Refused: Version" in log
     ap = verdict["comparison"]["AP"]
@@ -186,16 +220,17 @@ def test_a_second_model_is_measured_beside_the_champion(killed):
     assert verdict["reason"].partition(" was refused")[0] in Path(second["report"]).read_text()
 
 
-def test_a_model_is_refused_on_images_it_was_trained_on(killed, tmp_path):
+@pytest.mark.ray
+def test_a_model_is_refused_on_images_it_was_trained_on(killed, call, tmp_path):
     store, _, _ = killed
     (sample,) = (store / "sample").glob("*/sample")
     shutil.copytree(sample, tmp_path / "data")
     shutil.copy(sample / "instances_train.json", tmp_path / "data" / "instances_val.json")
     told = [f"data.path={tmp_path / 'data'}", "tracking.experiment=sample", "tracking.model_name=sample"]
-    refused, _ = finish(start("promote", store, *told, "--version", "1"), expected=3)
+    refused, _ = call("promote", store, *told, "--version", "1", expected=3)
     (rule,) = [rule for rule in refused["rules"] if not rule["ok"]]
     assert rule["rule"] == "was not trained on the images it is measured on" and rule["figure"] == 1.0
-    finish(start("ingest", store))  # the store's last dataset again
+    call("ingest", store)  # the store's last dataset again
 
 
 def test_the_readmes_python_detects_without_ray(killed, tmp_path):
