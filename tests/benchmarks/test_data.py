@@ -4,11 +4,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from jobs import common
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # scripts, no package
+
+import feed
+
+BENCHMARKS = Path(feed.__file__).parent
 
 
 def run(script: str, *arguments: str) -> dict:
@@ -19,8 +28,23 @@ def run(script: str, *arguments: str) -> dict:
 
 
 @pytest.mark.ray
-def test_feed_measures_every_side(tmp_path):
-    found = run("feed.py", "--images", "8", "--rounds", "1", "--seconds", "0.5", "--workers", "2")
+def test_feed_measures_every_side(ray_cluster, monkeypatch):
+    told = ["--images", "8", "--rounds", "1", "--seconds", "0.5", "--workers", "2", "--json"]
+
+    def run_side(side: str, folder: Path, keep_blocks: bool, arguments: list[str]) -> dict:
+        """As the benchmark's own, in this process."""
+        assert keep_blocks
+        folder.mkdir(parents=True)
+        here = ["--side", side, "--folder", str(folder)]
+        CliRunner().invoke(feed.main, [*told, *arguments, *here], catch_exceptions=False)
+        return json.loads((folder / "result.json").read_text())
+
+    monkeypatch.setattr(common, "ray_session", lambda settings: nullcontext())  # there is one
+    monkeypatch.setattr(feed, "run_side", run_side)
+    before = torch.get_num_threads()
+    done = CliRunner().invoke(feed.main, told, catch_exceptions=False)
+    torch.set_num_threads(before)
+    found = json.loads(done.stdout.splitlines()[-1])
     assert found["sides"].keys() == {"ours", "ours, normalised here", "DataLoader, PIL", "DataLoader, uint8"}
     assert all(side[0]["images_per_second"] > 0 for side in found["sides"].values()) and found["ratio_to_PIL"] > 0
 

@@ -32,7 +32,7 @@ from pipelines.train import (
     train_step,
     update_average,
 )
-from pipelines.training_log import LOG_EVERY, PROGRESS, TrainingLog, read_history
+from pipelines.training_log import PROGRESS, TrainingLog, read_history
 
 SMALL = {
     "preset": "tiny", "num_classes": 3, "hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": 2,
@@ -214,7 +214,10 @@ def test_parts_are_frozen_by_their_names_and_settings_that_exclude_each_other_ar
 
 
 @pytest.mark.parametrize("preset", ["detr_resnet50", "tiny"])
-def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_path, preset, host_copies):
+def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(
+    tmp_path, preset, host_copies, monkeypatch
+):
+    monkeypatch.setattr(training_log, "LOG_EVERY", 5)
     small = {**SMALL, "preset": preset, "backbone": "small", "norm": "batch"}
     settings = override_settings(RunSettings(), {"model": small})
     model = DETR(settings.model)
@@ -229,7 +232,7 @@ def test_a_training_step_copies_to_the_host_once_and_logging_once_in_many(tmp_pa
         "image_ids": torch.tensor([11, 42]), "position": torch.tensor([0]),
     }  # fmt: skip
     batch["counts"].on_host = batch["position"].on_host = ema.n_averaged.on_host = True
-    steps = 2 * LOG_EVERY
+    steps = 2 * training_log.LOG_EVERY
     with host_copies() as copies:
         for step in range(steps):
             losses, norm = train_step(model, criterion, optimizer, [batch], step, settings)
