@@ -175,7 +175,7 @@ def test_the_present_settings_stay_unless_another_trial_gains_enough():
 
 
 # A trial whose training is a sum: AP grows to what the learning rate says.
-APS = {2e-3: 0.5, 1e-3: 0.3, 4e-3: 0.6, 3e-3: 0.1, 5e-3: 0.2}  # the fourth is let through, though it is the worst
+APS = {2e-3: 0.5, 1e-3: 0.3, 4e-3: 0.6, 3e-3: 0.1}  # the fourth is let through, though it is the worst
 BROKEN, NONSENSE = 6e-3, 7e-3
 VALIDATIONS = 4
 
@@ -239,16 +239,15 @@ def test_trials_are_stopped_failed_and_finished_each_with_its_row_and_known_ones
 ):
     rates = [*APS, BROKEN, NONSENSE]
     settings = settings_with(
-        sweep__trials=7, sweep__search="grid", sweep__validations=VALIDATIONS, sweep__grace_period=1
+        sweep__trials=6, sweep__search="grid", sweep__validations=VALIDATIONS, sweep__grace_period=1
     )
     tracked = tracker(settings, tmp_path / "store", "x")
     rows = try_all(tmp_path, settings, {"train.lr": rates}, tracked)
-    assert [row["values"]["train.lr"] for row in rows] == rates and [row["number"] for row in rows] == list(range(7))
+    assert [row["values"]["train.lr"] for row in rows] == rates and [row["number"] for row in rows] == list(range(6))
     status = {row["values"]["train.lr"]: row["status"] for row in rows}
     assert status == {
-        2e-3: "finished", 1e-3: "stopped", 4e-3: "finished", 3e-3: "finished", 5e-3: "stopped", BROKEN: "failed",
-        NONSENSE: "failed",
-    }  # fmt: skip
+        2e-3: "finished", 1e-3: "stopped", 4e-3: "finished", 3e-3: "finished", BROKEN: "failed", NONSENSE: "failed",
+    }
     by_rate = {row["values"]["train.lr"]: row for row in rows}
     assert [point["AP"] for point in by_rate[4e-3]["curve"]] == pytest.approx([0.15, 0.3, 0.45, 0.6])
     assert by_rate[1e-3]["AP"] == 0.075 and len(by_rate[1e-3]["curve"]) == 1
@@ -258,16 +257,16 @@ def test_trials_are_stopped_failed_and_finished_each_with_its_row_and_known_ones
     assert not by_rate[BROKEN]["again"] and by_rate[NONSENSE]["again"]
 
     # As after a kill: one trial that was about to be stopped, and one that was not started.
-    for rate, files in {5e-3: [module.TRIAL], NONSENSE: [module.TRIAL, module.TRIED]}.items():
+    for rate, files in {1e-3: [module.TRIAL], NONSENSE: [module.TRIAL, module.TRIED]}.items():
         tried = tmp_path.glob("trials/*/tried.json")
         (place,) = (path.parent for path in tried if read_json(path)["values"]["train.lr"] == rate)
         for file in files:
             (place / file).unlink()
     before = {path: path.read_bytes() for path in tmp_path.glob("trials/*/trial.json")}
     again = try_all(tmp_path, settings, {"train.lr": rates}, tracked)
-    assert [row["number"] for row in again] == list(range(7)) and len(before) == 5
+    assert [row["number"] for row in again] == list(range(6)) and len(before) == 4
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert again[4]["status"] == "stopped"  # by the AP it had before: it was not trained again
+    assert again[1]["status"] == "stopped"  # by the AP it had before: it was not trained again
     # What failed without a reason that is the trial's own is tried again by Tune itself.
     assert trained(tmp_path) == Counter([*rates, *[NONSENSE] * (2 * module.ATTEMPTS - 1)])
 
@@ -279,25 +278,25 @@ def test_optuna_goes_on_from_what_is_known_within_the_space(tmp_path, ray_cluste
     space = {"train.lr": {"low": low, "high": 1e-2, "log": True}, "train.weight_decay": {"low": 1e-5, "high": 1e-3,
              "log": True}}  # fmt: skip
     settings = settings_with(
-        sweep__trials=3, sweep__search="optuna", sweep__scheduler="median", sweep__space=space,
+        sweep__trials=2, sweep__search="optuna", sweep__scheduler="median", sweep__space=space,
         train__weight_decay=decay,
     )  # fmt: skip
     tracked = tracker(settings, tmp_path / "store", "x")
     first = try_all(tmp_path, settings, settings.sweep.space, tracked, at_once=2)
-    assert first[0]["changes"] == {} and [row["number"] for row in first] == [0, 1, 2]
-    more = override_settings(settings, {"sweep.trials": 5})
+    assert first[0]["changes"] == {} and [row["number"] for row in first] == [0, 1]
+    more = override_settings(settings, {"sweep.trials": 3})
     rows = try_all(tmp_path, more, settings.sweep.space, tracked, at_once=2)
-    assert rows[:3] == first and [row["number"] for row in rows] == list(range(5))
-    assert sum(trained(tmp_path).values()) == 5  # none twice
+    assert rows[:2] == first and [row["number"] for row in rows] == list(range(3))
+    assert sum(trained(tmp_path).values()) == 3  # none twice
     for row in rows[1:]:
         assert low <= row["values"]["train.lr"] <= 1e-2 and 1e-5 <= row["values"]["train.weight_decay"] <= 1e-3
 
 
 SMALL = [
     "sample.train=16", "sample.val=8", "sample.test=0", "train.batch_size=4", "model.image_size=64",
-    "model.hidden_dim=32", "model.nheads=4", "model.dim_feedforward=32", "sweep.trials=5", "sweep.budget=4 steps",
+    "model.hidden_dim=32", "model.nheads=4", "model.dim_feedforward=32", "sweep.trials=4", "sweep.budget=4 steps",
     "sweep.validations=2", "sweep.grace_period=1", "sweep.search=grid",
-    "sweep.space={train.lr: [0.002, 0.001, 1e+30, 0.004]}",
+    "sweep.space={train.lr: [0.002, 0.001, 1e+30]}",
 ]  # fmt: skip
 
 
@@ -315,7 +314,7 @@ def wait_for_trials(store: Path, number: int, process: subprocess.Popen) -> dict
 
 
 @pytest.mark.ray
-def test_stopped_and_killed_after_three_trials_it_repeats_none_and_leaves_one_tree(tmp_path):
+def test_stopped_and_killed_between_trials_it_repeats_none_and_leaves_one_tree(tmp_path):
     """By real trainings, one of which diverges."""
     from mlflow import MlflowClient
 
@@ -335,7 +334,7 @@ def test_stopped_and_killed_after_three_trials_it_repeats_none_and_leaves_one_tr
     assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED", "KILLED"]
 
     killed = start(store)
-    before = wait_for_trials(store, 3, killed)
+    before = wait_for_trials(store, 2, killed)
     assert first.items() <= before.items()
     mine = psutil.Process(killed.pid).children(recursive=True)
     os.killpg(killed.pid, signal.SIGKILL)
@@ -345,9 +344,9 @@ def test_stopped_and_killed_after_three_trials_it_repeats_none_and_leaves_one_tr
     out, err = again.communicate(timeout=500)
     assert again.returncode == 0, err
     result = json.loads(out.strip().splitlines()[-1])
-    assert len(before) == 3 and all(path.read_bytes() == content for path, content in before.items())
+    assert len(before) == 2 and all(path.read_bytes() == content for path, content in before.items())
     status = {row["values"]["train.lr"]: row["status"] for row in result["trials"]}
-    assert [row["number"] for row in result["trials"]] == [0, 1, 2, 3]
+    assert [row["number"] for row in result["trials"]] == [0, 1, 2]
     assert status.pop(1e30) == "failed" and set(status.values()) <= {"finished", "stopped"}
     assert "train.lr" in next(row["error"] for row in result["trials"] if row["status"] == "failed")
     (folder,) = store.glob("sweep/*")
@@ -356,7 +355,7 @@ def test_stopped_and_killed_after_three_trials_it_repeats_none_and_leaves_one_tr
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = (run for run in runs if run.data.tags["detr.stage"] == "sweep")
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(runs) == 5 and len(children) == 4 and parent.info.status == "FINISHED"
+    assert len(runs) == 4 and len(children) == 3 and parent.info.status == "FINISHED"
     ended = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
     assert {run.info.run_id: run.info.status for run in children} == {
         row["run_id"]: ended[row["status"]] for row in result["trials"]
