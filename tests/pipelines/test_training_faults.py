@@ -118,14 +118,19 @@ def events(folder: Path, kind: str) -> list[dict]:
     return [record for record in read_progress(folder / PROGRESS) if record["event"] == kind]
 
 
-def when_validated(folder: Path, times: int, then, seconds: float = 240) -> threading.Thread:
+def wait_for(folder: Path, kind: str, times: int, seconds: float = 240) -> None:
+    """Until soon after so many such events were told of, or it takes too long."""
+    deadline = time.monotonic() + seconds
+    while len(events(folder, kind)) < times and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)  # some steps later
+
+
+def when_validated(folder: Path, times: int, then) -> threading.Thread:
     """Does something once, soon after so many validations were told of."""
 
     def wait() -> None:
-        deadline = time.monotonic() + seconds
-        while len(events(folder, "validation")) < times and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)  # some steps later
+        wait_for(folder, "validation", times)
         then()
 
     thread = threading.Thread(target=wait, daemon=True)
@@ -133,18 +138,20 @@ def when_validated(folder: Path, times: int, then, seconds: float = 240) -> thre
     return thread
 
 
-def kill_workers() -> None:
-    """kill -9 of the training workers of this process' Ray."""
-    mine = [p for p in psutil.Process().children(recursive=True) if "ray::RayTrainWorker" in " ".join(p.cmdline())]
+def kill_workers(driver: int | None = None) -> None:
+    """kill -9 of the training workers of a driver's Ray, or of this process'."""
+    below = psutil.Process(driver).children(recursive=True)
+    mine = [p for p in below if "ray::RayTrainWorker" in " ".join(p.cmdline())]
     assert mine
     for process in mine:
         process.kill()
 
 
-def assert_as_if_nothing_had_been(folder: Path, straight: tuple[dict, Path]) -> None:
+def assert_as_if_nothing_had_been(folder: Path, straight: tuple[dict, Path], stops: int = 1) -> None:
     """As many steps, no validation lost or told twice in the history, the same weights bit for bit."""
-    said = events(folder, "start")
-    assert len(said) == 2 and 0 < said[1]["step"] < STEPS and said[1]["step"] % 7, "stopped in mid-epoch, and went on"
+    first, *again = (start["step"] for start in events(folder, "start"))
+    assert first == 0 and len(again) == stops
+    assert all(0 < step < STEPS and step % 7 for step in again), "stopped in mid-epoch, and went on"
     history, expected = (read_json(where / "history.json") for where in (folder, straight[1]))
     assert [v["step"] for v in history["validations"]] == [v["step"] for v in expected["validations"]]
     assert [v["AP"] for v in history["validations"]] == [v["AP"] for v in expected["validations"]]
@@ -177,33 +184,24 @@ def test_a_training_keeps_all_it_needs_and_tells_mlflow_the_truth(straight, data
 
 
 @pytest.mark.ray
-def test_a_worker_killed_in_mid_epoch_is_as_if_it_had_not_been(tmp_path, settings, dataset, straight):
-    folder = tmp_path / "run"
-    killer = when_validated(folder, 2, kill_workers)
-    run(settings, dataset, folder)
-    killer.join()
-    assert_as_if_nothing_had_been(folder, straight)
-
-
-@pytest.mark.ray
-def test_a_driver_killed_and_started_again_is_as_if_it_had_not_been(tmp_path, settings, dataset, straight):
+def test_a_worker_and_then_the_driver_killed_in_mid_epoch_is_as_if_they_had_not_been(
+    tmp_path, settings, dataset, straight
+):
     folder = tmp_path / "run"
     process = start(settings, dataset, tmp_path)
-
-    def kill() -> None:
-        for each in (process, *psutil.Process(process.pid).children(recursive=True)):  # and its Ray with it
-            each.kill()
-
-    killer = when_validated(folder, 2, kill)
-    process.wait(timeout=240)
-    killer.join()
-    assert process.returncode == -signal.SIGKILL, (tmp_path / "out").read_text()[-2000:]
+    wait_for(folder, "validation", 2)
+    kill_workers(process.pid)
+    wait_for(folder, "start", 2)
+    wait_for(folder, "validation", len(events(folder, "validation")) + 1)
+    for each in (process, *psutil.Process(process.pid).children(recursive=True)):  # and its Ray with it
+        each.kill()
+    assert process.wait() == -signal.SIGKILL, (tmp_path / "out").read_text()[-2000:]
     assert not (folder / "history.json").exists()
     orphan = checkpoints(folder)[-1].with_name("checkpoint_of_an_upload_cut_off")
     shutil.copytree(checkpoints(folder)[-1], orphan)
     result = run(settings, dataset, folder)
     assert not orphan.exists()
-    assert_as_if_nothing_had_been(folder, straight)
+    assert_as_if_nothing_had_been(folder, straight, stops=2)
     client = tracker(settings, folder.parent, "faults").client()
     assert [run.info.run_id for run in client.search_runs([client.get_run(result["run_id"]).info.experiment_id])] == [
         result["run_id"]
@@ -213,6 +211,7 @@ def test_a_driver_killed_and_started_again_is_as_if_it_had_not_been(tmp_path, se
 
 
 @pytest.mark.ray
+@pytest.mark.long  # to a training it is a worker killed
 def test_a_node_killed_is_as_if_it_had_not_been(tmp_path, settings, dataset, straight):
     process = start(settings, dataset, tmp_path, nodes="move")
     assert process.wait(timeout=400) == 0, (tmp_path / "out").read_text()[-3000:]
@@ -286,12 +285,22 @@ def test_storage_that_fails_every_third_write_costs_nothing_but_time(tmp_path, s
             "AWS_ENDPOINT_URL": store.endpoint, "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
         }  # fmt: skip
-        process = start(override_settings(settings, {"train.storage": "s3://ready/runs"}), dataset, tmp_path, access)
+        # So many checkpoints that the first are deleted again; each takes ten seconds until it is written.
+        changes = {"train.storage": "s3://ready/runs", "train.validations": 4}
+        process = start(override_settings(settings, changes), dataset, tmp_path, access)
         assert process.wait(timeout=300) == 0, (tmp_path / "out").read_text()[-3000:]
         keys = [x["Key"] for x in store.client().list_objects_v2(Bucket="ready", Prefix="runs/run-")["Contents"]]
         assert sum(key.endswith("state.pt") for key in keys) in (2, 3)
-    one, other = (folder / "checkpoint" / "model.safetensors" for folder in (tmp_path / "run", straight[1]))
-    assert one.read_bytes() == other.read_bytes()
+        for key in (key for key in keys if key[-1] != "/"):  # runs/run-HASH/run/… as in a training's own folder
+            path = tmp_path / "stored" / "ray" / key.split("/", 2)[2]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.client().download_file("ready", key, str(path))
+    kept = checkpoints(tmp_path / "stored")
+    state, other = load_state(kept[-1]), load_state(checkpoints(straight[1])[-1])
+    assert state["progress"]["step"] == STEPS
+    assert_same_weights(state, other)
+    ours = (tmp_path / "run" / "checkpoint" / "model.safetensors").read_bytes()
+    assert ours in [(place / "model" / "model.safetensors").read_bytes() for place in kept]
 
 
 @pytest.mark.ray
@@ -361,9 +370,9 @@ def _made(folder: Path) -> Path:
 @pytest.mark.ray
 def test_a_training_that_is_told_to_stop_says_so_in_mlflow(tmp_path, settings, dataset):
     process = start(settings, dataset, tmp_path)
-    killer = when_validated(tmp_path / "run", 1, process.terminate)
+    wait_for(tmp_path / "run", "start", 1)
+    process.terminate()
     assert process.wait(timeout=240) != 0
-    killer.join()
     run_id = read_json(tmp_path / "run" / "run.json")["run_id"]
     assert tracker(settings, tmp_path, "faults").client().get_run(run_id).info.status == "KILLED"
 
