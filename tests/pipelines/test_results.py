@@ -149,8 +149,8 @@ def test_pictures_cost_the_parts_that_they_are_in(tmp_path, checkpoint, without_
     out = str(tmp_path / "out")
     run(settings_with("predict.max_reject_fraction=1"), tmp_path / "in", checkpoint, tmp_path / "out")
     monkeypatch.setattr(results, "tables", lambda *args: pytest.fail("the whole table was read"))
-    read, whole = [], results._read
-    monkeypatch.setattr(results, "_read", lambda folder, part: read.append(part["shard"]) or whole(folder, part))
+    read, whole = [], results.read_part
+    monkeypatch.setattr(results, "read_part", lambda folder, part: read.append(part["shard"]) or whole(folder, part))
     places = save_pictures(out, 2, 10**6, ["cat", "dog"])
     assert [Path(place).name[:2] for place in places] == ["00"] and read == [0, 5]
     read.clear()
