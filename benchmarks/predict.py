@@ -78,18 +78,16 @@ def write_checkpoint(folder: Path, preset: str) -> None:
 
 
 class Files(Dataset):
-    """Images through the library's own processor, for its DataLoader."""
+    """Decoded images, for a DataLoader."""
 
-    def __init__(self, files: list[Path], processor):
-        self.files, self.processor = files, processor
+    def __init__(self, files: list[Path]):
+        self.files = files
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, tuple[int, int]]:
-        image = Image.open(self.files[index]).convert("RGB")
-        made = self.processor(images=image, return_tensors="pt")
-        return made["pixel_values"][0], (image.height, image.width)
+    def __getitem__(self, index: int) -> Image.Image:
+        return Image.open(self.files[index]).convert("RGB")
 
 
 def library_loop(files: list[Path], batch: int) -> Iterator[int]:
@@ -101,11 +99,10 @@ def library_loop(files: list[Path], batch: int) -> Iterator[int]:
     model = library_model(make_model(ModelConfig())).eval()
     model.config.auxiliary_loss = False
 
-    def collate(items):
-        padded = processor.pad([pixels for pixels, _ in items], return_tensors="pt")
-        return padded, torch.tensor([size for _, size in items])
+    def collate(images):  # in the loader's processes
+        return processor(images=images, return_tensors="pt"), torch.tensor([(i.height, i.width) for i in images])
 
-    loader = DataLoader(Files(files, processor), batch_size=batch, num_workers=os.cpu_count(), collate_fn=collate)
+    loader = DataLoader(Files(files), batch_size=batch, num_workers=os.cpu_count(), collate_fn=collate)
     with torch.inference_mode():
         for made, sizes in loader:
             outputs = model(made["pixel_values"], pixel_mask=made["pixel_mask"])
@@ -247,6 +244,7 @@ def main(preset, images, rounds, memory, only, checkpoint, given, device, thread
                 arguments = ["--given", str(place / "images"), "--checkpoint", str(place / "checkpoint")]
                 # A plain loop is what one writes: with the system's own allocator.
                 runs[name].append(run_side(name, place / str(number) / name, name.startswith(OURS), arguments))
+                click.echo(f"  {runs[name][-1]['images_per_second']:.2f} images/s", err=True)
     rates = {name: median(runs[name], "images_per_second") for name in sides}
     libraries = [rates[name] for name in sides if name.startswith(LIBRARY)]
     result: dict[str, Any] = {"machine": machine("cpu"), "preset": preset, "images": images, "sides": runs,
