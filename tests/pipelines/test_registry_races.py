@@ -15,7 +15,6 @@ from pipelines.registry import champion, history, promote, register, rollback
 from pipelines.settings import UserError, load_settings
 from pipelines.tracking import Tracker, tracker
 
-RACERS = 20
 SETTINGS = load_settings()
 WRITES = (
     "log_param", "set_tag", "set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias",
@@ -71,10 +70,14 @@ def _race(known_as: dict, tracked: Tracker, name: str, run_id: str, ap: float, f
     ask(tracked, name, add(tracked, name, run_id, ap, folder), ap, folder / str(os.getpid()))
 
 
-def test_twenty_promotions_at_once_leave_one_champion_and_the_whole_history(tracked, tmp_path):
-    name, run_id = "raced", tracked.start_run("train")
+@pytest.mark.parametrize(
+    ("tracked", "number"), [("sqlite", 20), ("server", 6), pytest.param("server", 20, marks=pytest.mark.long)],
+    indirect=["tracked"],
+)  # fmt: skip
+def test_many_promotions_at_once_leave_one_champion_and_the_whole_history(tracked, number, tmp_path):
+    name, run_id = f"raced-{number}", tracked.start_run("train")
     start = PROCESSES.Event()
-    aps = [(7 * n % RACERS + 1) / (RACERS + 1) for n in range(RACERS)]  # each once, in no order
+    aps = [(7 * n % number + 1) / (number + 1) for n in range(number)]  # each once, in no order
     racers = [PROCESSES.Process(target=_race, args=(credentials(), tracked, name, run_id, ap, tmp_path, start))
               for ap in aps]  # fmt: skip
     for racer in racers:
@@ -97,11 +100,11 @@ def test_twenty_promotions_at_once_leave_one_champion_and_the_whole_history(trac
         racer.join(240)
     over.set()
     watcher.join()
-    assert [racer.exitcode for racer in racers] == [0] * RACERS
+    assert [racer.exitcode for racer in racers] == [0] * number
 
     versions = tracked.client().search_model_versions(f"name = '{name}'")
     found = {str(v.version): float(v.tags["ap"]) for v in versions}
-    assert sorted(map(int, found)) == list(range(1, RACERS + 1)) and sorted(found.values()) == sorted(aps)
+    assert sorted(map(int, found)) == list(range(1, number + 1)) and sorted(found.values()) == sorted(aps)
     assert all("verdict" in v.tags for v in versions)
     rows = history(tracked, name)
     assert sorted(row["version"] for row in rows) == sorted(found)  # each asked once, and nothing is lost
