@@ -79,7 +79,9 @@ def dataset(ray_cluster, tmp_path_factory) -> Path:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("side", "steps", "cores"), [(BARE, 20, None), (RAY, 2, "1"), (TWO, 2, "2")])
+@pytest.mark.parametrize(
+    ("side", "steps", "cores"), [(BARE, 20, None), (RAY, 2, "1"), pytest.param(TWO, 2, "2", marks=pytest.mark.long)]
+)
 def test_every_side_is_measured(side, steps, cores, dataset, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "ray_session", lambda settings: nullcontext())
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # and as it was in the end
