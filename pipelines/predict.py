@@ -178,6 +178,7 @@ def make_recipe(
         "rows": ROWS,
         "input": Folder(input).uri,  # one way to write it
         "column": column,
+        "images": settings.data.images if str(input).lower().endswith(".json") else None,  # to which names are relative
         "model": {"name": model_name, "version": str(model_version)},
         "weights_sha256": _sha256(Path(checkpoint) / "model.safetensors"),
         "checkpoint": digest({"model": config["model"], "categories": config["categories"]}),
