@@ -81,13 +81,16 @@ class ObjectStore:
 
     def start(self) -> None:
         """Start it, or start it again with what it has stored."""
-        for name in (*SERVERS, "proxy"):
+        for name in SERVERS:
             self._start(name)
+        for name in SERVERS:  # a proxy without them says that there is no such bucket
+            self._wait_for_port(self.ports[name])
+        self._start("proxy")
         self._wait()
 
     def stop(self) -> None:
-        """Kill all of it."""
-        for process in self.processes:
+        """Kill all of it, the proxy first: without the others it says that there is no such bucket."""
+        for process in reversed(self.processes):
             process.kill()
             process.wait()
         self.processes.clear()
@@ -108,6 +111,17 @@ class ObjectStore:
             command = [sys.executable, "-W", "ignore", "-c", code, str(self.folder / f"{name}.conf")]
             environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
             self.processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+
+    @staticmethod
+    def _wait_for_port(port: int, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            with closing(socket.socket()) as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nobody listens on port {port}")
+            time.sleep(0.1)
 
     def _wait(self, seconds: float = 60) -> None:
         """Until it answers and takes a file."""
