@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,7 @@ def test_the_command_says_what_it_left_out(tmp_path, checkpoint, without_ray, mo
     """The commands of two nights, on a COCO file that lost an image; Ray and MLflow left out."""
     monkeypatch.setattr("pipelines.workflow.find_model", lambda *args: (checkpoint, "m", "4"))
     monkeypatch.setattr("pipelines.tracking.tracker", lambda *args: None)
+    monkeypatch.setattr("jobs.predict.ray_session", lambda settings: nullcontext())
     listed, names = tmp_path / "val.json", ["a.png", "b.png", "c.png"]
     for name in names:
         picture(tmp_path / "images" / name)
