@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -534,14 +534,19 @@ def fetched(images: list[dict[str, Any]]) -> Iterator[tuple[bytes | None, str | 
             return None, f"the file is larger than {MOST_BYTES >> 20} MiB"
         return read_listed(image["uri"], image["etag"], image["size"])
 
-    with ThreadPoolExecutor(AHEAD) as pool:
-        ahead: deque[tuple[int, Future]] = deque()
-        for image in images:
-            while ahead and (len(ahead) == AHEAD or sum(n for n, _ in ahead) + image["size"] > AHEAD_BYTES):
-                yield ahead.popleft()[1].result()
-            ahead.append((image["size"], pool.submit(fetch, image)))
-        while ahead:
+    ahead: deque[tuple[int, Future]] = deque()
+    for image in images:
+        while ahead and (len(ahead) == AHEAD or sum(n for n, _ in ahead) + image["size"] > AHEAD_BYTES):
             yield ahead.popleft()[1].result()
+        ahead.append((image["size"], _fetchers().submit(fetch, image)))
+    while ahead:
+        yield ahead.popleft()[1].result()
+
+
+@lru_cache(maxsize=1)
+def _fetchers() -> ThreadPoolExecutor:
+    """This process's threads that fetch: new ones for each shard would spread over all of the allocator's arenas."""
+    return ThreadPoolExecutor(AHEAD)
 
 
 def _pixels(shard: int, shape: tuple[int, int], items: list[tuple[int, tuple, Any]]) -> pa.Table:
