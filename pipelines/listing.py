@@ -92,7 +92,7 @@ def find_images(input: str | Path, settings: RunSettings, column: str | None = N
     if extension in IMAGE_EXTENSIONS:
         return iter([Image(posixpath.basename(path), place, *_look(place))])
     if extension == ".json":
-        return _listed(place, join(folder, settings.data.images), _coco_names(place), ())
+        return _listed(place, join(folder, settings.data.images), coco_names(place), ())
     if extension in (".txt", ".lst"):
         return _listed(place, folder, _lines(place), ("s3://",))
     if extension in TABLES:
@@ -315,8 +315,8 @@ def _lines(path: str) -> Iterator[Name]:
         raise not_done(path, "read", error) from error
 
 
-def _coco_names(path: str) -> Iterator[Name]:
-    """The file_name of every image of a COCO file; annotations need not be there."""
+def coco_names(path: str) -> Iterator[Name]:
+    """(where, file_name, id or None) of every image of a COCO file; annotations need not be there."""
     fs, place = filesystem(path)
     found = False
     try:

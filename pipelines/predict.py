@@ -114,11 +114,11 @@ def predict(
     new, here, seconds = add({}, counts(DETECTIONS.empty_table())), 0, 0.0
     if tracker is not None and manifest:
         _end_run(tracker, tracker.find_run(_tags(manifest["plan"])), manifest, {})  # a kill may have come before it
-    plan, again = begun_plan(folder, manifest), True
+    plan, done, again = begun_plan(folder, manifest), None, True
     if plan is not None:
         done = commits(folder, plan)
         if _reasons_to_stop(settings, manifest, plan, done):
-            manifest, plan = finish(folder, recipe, plan, done, partial=True), None
+            manifest, plan, done = finish(folder, recipe, plan, done, partial=True), None, None
         else:
             again = False  # a run that was killed is to end as one that was not
     for _ in range(1 if again else 2):  # what was begun, and what came since
@@ -129,7 +129,7 @@ def predict(
             run_id = _start_run(tracker, recipe, plan)
         started = time.monotonic()
         try:
-            done = commits(folder, plan)
+            done = done or commits(folder, plan)
             before = done.total["images"]
             if len(done.shards) < plan["shards"]:
                 with session():
@@ -150,7 +150,7 @@ def predict(
             _end_run(tracker, run_id, manifest, {**speed, "images": of_run["images"],
                                                  "rejected": of_run["images"] - of_run["ok"],
                                                  "detections": of_run["detections"].total()})  # fmt: skip
-        plan = None
+        plan = done = None
     _stop_for(_reasons_to_stop(settings, manifest, None, Done()), folder)
     shown = ("images", "ok", "rejected", "rejects", "detections", "scores", "score_threshold", "score_thresholds",
              "input_digest", "output_digest", "plan")  # fmt: skip

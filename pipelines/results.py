@@ -7,16 +7,15 @@ import json
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipelines.json_stream import JsonObject, NotAnObject
+from pipelines.listing import coco_names
 from pipelines.plan import images_of, read_part, tables
 from pipelines.progress import progress, track
 from pipelines.settings import UserError
-from pipelines.storage import Folder, filesystem, not_done, read_listed
+from pipelines.storage import Folder, read_listed
 
 SEPARATOR = ",\n"
 LONGEST = 120  # bytes of a picture's name: file systems take 255, some of them 143, and a part has a longer one
@@ -37,24 +36,10 @@ def coco_ids(path: str) -> dict[str, int]:
     Raises UserError (exit code 2) where an image has none, or another's, and where it is no COCO file.
     """
     ids: dict[str, int] = {}
-    fs, place = filesystem(path)
-    try:
-        with fs.open_input_stream(place) as file:
-            for member, records in JsonObject(file).members():
-                if member != "images" or not isinstance(records, Iterator):
-                    continue
-                for number, record in enumerate(records):
-                    if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
-                        raise UserError(f"{path}: images[{number}] has no file_name.", 2)
-                    if type(record.get("id")) is not int:
-                        raise UserError(f"{path}: images[{number}] has no id (a whole number), which --coco needs.", 2)
-                    ids[posixpath.normpath(record["file_name"])] = record["id"]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", 2) from error
-    except NotAnObject as error:
-        raise UserError(f"{path} is not a COCO file: it has no list `images`.", 2) from error
-    except OSError as error:
-        raise not_done(path, "read", error) from error
+    for where, name, image_id in coco_names(path):
+        if image_id is None:
+            raise UserError(f"{path}: {where} has no id (a whole number), which --coco needs.", 2)
+        ids[posixpath.normpath(name)] = image_id
     for image_id, times in Counter(ids.values()).most_common(1):
         if times > 1:
             raise UserError(f"{path}: {times} images have the id {image_id}; --coco needs one for each.", 2)
