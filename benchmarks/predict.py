@@ -163,23 +163,32 @@ def measure_predict(folder: Path, checkpoint: Path, preset: str, precision: str,
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, float]]:
-    """MiB while the block runs: at most of this process, of one worker, and of all of them and Ray's own."""
-    peak = {"driver_MiB": 0.0, "worker_MiB": 0.0, "all_MiB": 0.0}
+    """MiB while the block runs, at most: own memory of this process, of one worker, of all of them and Ray's own; and
+    of the object store, whose pages are no process's own, though they look so while only one has touched them.
+    """
+    shared = Path("/dev/shm")  # where Ray's object store lies
+    before = psutil.disk_usage(str(shared)).used
+    peak = {"driver_MiB": 0.0, "worker_MiB": 0.0, "all_MiB": 0.0, "objects_MiB": 0.0}
     stop = threading.Event()
+
+    def own_memory(process: psutil.Process) -> float:
+        maps = process.memory_maps(grouped=False)
+        return sum(m.private_clean + m.private_dirty for m in maps if not m.path.startswith(str(shared))) / 2**20
 
     def look() -> None:
         while not stop.wait(1):
             own, others = 0.0, [0.0]
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 try:
-                    used = process.memory_full_info().uss / 2**20
+                    used = own_memory(process)
                 except (psutil.NoSuchProcess, psutil.AccessDenied):
                     continue
                 if process.pid == os.getpid():
                     own = used
                 else:
                     others.append(used)
-            found = {"driver_MiB": own, "worker_MiB": max(others), "all_MiB": own + sum(others)}
+            found = {"driver_MiB": own, "worker_MiB": max(others), "all_MiB": own + sum(others),
+                     "objects_MiB": (psutil.disk_usage(str(shared)).used - before) / 2**20}
             peak.update({key: max(peak[key], found[key]) for key in peak})
 
     thread = threading.Thread(target=look, daemon=True)
@@ -280,11 +289,11 @@ def _memory(place: Path, numbers: tuple[int, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"machine": machine("cpu"), "runs": found}))
         return
-    columns = ("images", "seconds", "images_per_second", "driver_MiB", "worker_MiB", "all_MiB")
+    columns = ("images", "seconds", "images_per_second", "driver_MiB", "worker_MiB", "all_MiB", "objects_MiB")
     rows = [[f"{one[key] or 0:,.0f}" for key in columns] for one in found]
     print_table(f"Memory of predict, tiny preset ({machine('cpu')})", [c.replace("_", " ") for c in columns], rows, [
-        "driver: the process of the command; worker: the largest of Ray's; all: with Ray's object store. Their own "
-        "memory (USS), at most."])  # fmt: skip
+        "driver: the process of the command; worker: the largest of Ray's; all: these and Ray's own. Their own "
+        "memory (USS), at most, without the object store's pages; objects: the object store."])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ AHEAD, AHEAD_BYTES = 16, 2**28  # images fetched ahead of the one that is decode
 MOST_BYTES = 2**30  # of a file
 MOST_HELD = 2**27  # bytes of decoded images that wait for others of their shape
 BLOCK = 2**25  # bytes that go to a model actor at once
+WAITING = 2**29  # bytes for each of them that wait in the object store
 COMMITTERS = 8  # shards that are written at once
 TASK_RETRIES = 4  # of a task whose process died
 ROUNDS = 3  # how often a shard is begun whose answers do not fit together
@@ -513,6 +514,8 @@ def _stream(
     )  # fmt: skip
     stream.context.enable_progress_bars = False
     stream.context.target_max_block_size = BLOCK
+    # Readers that are faster than the models would fill the object store, by default a third of a machine's memory.
+    stream.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=actors * WAITING)
     try:
         for table in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from table.to_pylist()

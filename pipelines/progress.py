@@ -27,7 +27,9 @@ class RateColumn(ProgressColumn):
     """Items per second, or per minute where they are slow."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
+        speed = task.speed
+        if task.finished_speed and task.finished_time:  # of all of it, where the last of it came at one blow
+            speed = min(task.finished_speed, task.completed / task.finished_time)
         if not speed:
             return Text("")
         return Text(f"{speed:.1f}/s" if speed >= 0.5 else f"{60 * speed:.1f}/min")

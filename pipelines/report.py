@@ -159,7 +159,7 @@ def report(
         stages=_stages(stages),
         registry=registry,
         training=_scalars({key: value for key, value in trained.items() if key not in ("checkpoint", "history")}),
-        predictions=_scalars(predictions or {}),
+        predictions=_predicted(predictions) if predictions else None,
         settings=yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         otherwise=_otherwise(settings, train_record, checkpoint),
         chain=_chain(dataset, train_record, stages, registry),
@@ -538,6 +538,35 @@ def _scalars(values: dict[str, Any]) -> list[tuple[str, str]]:
         elif value is None:
             rows.append((key, "none"))
     return rows
+
+
+def _predicted(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What came of a batch of images, in lines: (what, how it was); result: of `predict_stage`."""
+    def counted(numbers: dict[str, int], sign: str) -> str:
+        most = sorted(numbers.items(), key=lambda one: -one[1])
+        more = [f"and {len(most) - CLASSES} more"] if len(most) > CLASSES else []
+        return ", ".join([f"{name}{sign}{number:,}" for name, number in most[:CLASSES]] + more)
+
+    new, single, drift = result["new"], result["score_thresholds"].values(), result.get("drift")
+    rows = [("images", f"{result['images']:,}, of which {result['rejected']:,} could not be used")]
+    if result["reused_images"] and new["images"]:
+        rows.append(("new", f"{new['images']:,}, the others from before"))
+    rows += [("rejected because", counted(result["rejects"], ": "))] if result["rejects"] else []
+    rows.append(("detections", f"{sum(result['detections'].values()):,}"))
+    if result["detections"]:
+        rows.append(("of each class", counted(result["detections"], ": ")))
+    of_classes = f", of single classes {min(single):.3f} to {max(single):.3f}" if single else ""
+    rows.append(("least score", f"{result['score_threshold']:.3f}{of_classes}"))
+    if result["images_per_second"]:
+        speed = f"{significant(result['images_per_second'])} images/s"
+        rows.append(("speed", f"{speed}, {_seconds(result['seconds'])} in all"))
+    if result["cost_per_1000_images"]:
+        rows.append(("cost of 1,000 images", significant(result["cost_per_1000_images"])))
+    if drift:
+        since = f"the run of {drift['since'][:16].replace('T', ' ')} UTC, by version {drift['version']}"
+        rows.append(("changed since", f"{since}: {' '.join(drift['words']) or 'no more than chance makes'}"))
+    return [*rows, ("table", result["folder"]), ("digest of the images", result["input_digest"]),
+            ("digest of the table", result["output_digest"])]  # fmt: skip
 
 
 def _number(value: float | None) -> str:

@@ -30,6 +30,13 @@ NAMES = [EVIL, CAT, RARE]
 BOX, FAR = [20.0, 20.0, 60.0, 60.0], [100.0, 70.0, 130.0, 110.0]
 
 ADVISED = ("missed", "background", "wrong class", "poor box", "wrong class and poor box", "duplicate")
+PREDICTED = {
+    "folder": "s3://bucket/found", "images": 1234, "ok": 1232, "rejected": 2, "rejects": {"it is empty": 2},
+    "detections": {EVIL: 20, "cat": 30}, "scores": [5] * 10, "score_threshold": 0.5,
+    "score_thresholds": {"1": 0.25, "2": 0.6}, "new": {"images": 234}, "images_here": 234, "reused_images": 1000,
+    "seconds": 3.83, "images_per_second": 52.23, "cost_per_1000_images": 0.02, "input_digest": "in",
+    "output_digest": "out", "drift": {"since": "2026-11-01T10:00:00+00:00", "version": "3", "words": ["Fewer cats."]},
+}  # fmt: skip
 CAPTION = r"<figcaption>([^<]+)<small>(\d+).png</small>"
 
 # Per image: truth and detections as (box xyxy, label[, score]).
@@ -134,10 +141,30 @@ def full(tmp_path_factory):
                 "champion": "2", "rules": [rule]}  # fmt: skip
     result = report(
         f"Run of {EVIL}", dataset, stages[1], {"val": evaluation}, folder / "history.json", load_settings(), stages,
-        registry, {"images": 1234, "rejects": {"it is empty": 2}}, folder,
+        registry, PREDICTED, folder,
         [Finding(what="2 classes hurt", which=(EVIL, CAT), change="Label more.", settings=("model=tiny",))],
     )  # fmt: skip
     return folder, result
+
+
+def test_what_a_batch_of_images_gave_is_told_in_words(full):
+    page = (full[0] / "report.html").read_text(encoding="utf-8")
+    table = page[page.index("<h2>Predictions") : page.index('<h2 id="data"')]
+    cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", table)]
+    assert dict(zip(cells[::2], cells[1::2], strict=True)) == {
+        "images": "1,234, of which 2 could not be used",
+        "new": "234, the others from before",
+        "rejected because": "it is empty: 2",
+        "detections": "50",
+        "of each class": f"cat: 30, {EVIL}: 20",
+        "least score": "0.500, of single classes 0.250 to 0.600",
+        "speed": "52.2 images/s, 3.8 s in all",
+        "cost of 1,000 images": "0.0200",
+        "changed since": "the run of 2026-11-01 10:00 UTC, by version 3: Fewer cats.",
+        "table": "s3://bucket/found",
+        "digest of the images": "in",
+        "digest of the table": "out",
+    }
 
 
 def test_the_page_fetches_nothing_and_runs_nothing(full):
@@ -160,7 +187,6 @@ def test_the_page_says_what_a_reader_came_for(full):
     assert "it is <b>broken</b> 1" in text
     assert "ingest 12.0 s reused" in text and "train 12 min" in text and "12 min in this run" in text
     assert "d1g35t" in text and "key-of-train" in text and "parameters 1,816,330" in text
-    assert "images 1,234" in text and "it is empty 2" in text
     assert "budget: 12 minutes" in text
     assert f"2 classes hurt {EVIL}; cat Label more. model=tiny" in text
 
