@@ -46,14 +46,14 @@ def job(example: str, takes_input: bool = False) -> Callable:
                     click.echo(json.dumps(values) if as_json else yaml.safe_dump(values, sort_keys=False).rstrip())
                     return
                 with redirect_stdout(sys.stderr):  # stdout is the result's alone; Ray prints there, too
-                    result = work(settings, Path(store), **own)
+                    result = work(settings, open_store(store, settings), **own)
             finish(result, as_json)
 
         shared = [
             click.argument("overrides", nargs=-1, metavar=("[INPUT] " if takes_input else "") + "[KEY=VALUE]..."),
             click.option("--config", metavar="FILE", help="Settings as YAML."),
             click.option("--store", default="store", show_default=True, metavar="FOLDER",
-                         help="Where everything that is made is kept."),
+                         help="Where everything that is made is kept: a folder, or s3://BUCKET/PREFIX."),
             click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON."),
             click.option("--print-settings", is_flag=True, help="Print what the settings resolve to, and stop."),
         ]  # fmt: skip
@@ -65,6 +65,21 @@ def job(example: str, takes_input: bool = False) -> Callable:
         )(command)
 
     return decorate
+
+
+def open_store(given: str, settings) -> Path:
+    """The folder of a store, of one at s3:// its mirror on this machine; UserError where it cannot be worked in."""
+    if not given.startswith("s3://"):
+        return Path(given)
+    from pipelines.mirror import open_store
+    from pipelines.settings import UserError
+
+    if settings.tracking.uri is None:
+        raise UserError(
+            f"A store on S3 ({given}) is for several machines, and runs and models need a place that they all reach: "
+            "set tracking.uri to an MLflow server.", 2,
+        )  # fmt: skip
+    return open_store(given)
 
 
 @contextmanager

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from pipelines.feed import Feed
 from pipelines.settings import TrainSettings, parse_budget, parse_length
 from pipelines.stage import read_json, write_json
+from pipelines.storage import join
 from pipelines.workers import of_first_worker
 
 MEASURE_FROM, MEASURE_TO = 20, 120  # steps whose speed turns a budget in minutes into steps
@@ -27,11 +29,12 @@ class Budget:
     """
 
     def __init__(
-        self, options: TrainSettings, feed: Feed, folder: Path, step: int = 0, state: dict[str, float] | None = None
-    ):
+        self, options: TrainSettings, feed: Feed, folder: Path | str, step: int = 0,
+        state: dict[str, float] | None = None,
+    ):  # fmt: skip
         amount, unit = parse_budget(options.budget)
         self.validations, self.leads = options.validations, 0 in feed.mine
-        self.file = folder / "budget.json"
+        self.file = join(folder, "budget.json")
         self.seconds = amount if unit == "seconds" else None
         self.part = options.first_share if feed.first else 0.0
         self.cost = feed.first_cost()  # of a step of the first part, one at full size costing 1
@@ -44,7 +47,7 @@ class Budget:
         self.began = time.monotonic()
         self.plans: list[dict[str, Any]] = []  # made so far, in this start or one before
         if unit == "seconds":
-            if self.file.is_file():
+            with suppress(FileNotFoundError):
                 known = read_json(self.file)
                 self.plans = known.get("plans") or [{"after": 0, **known}]  # format 2 had the last one
             for plan in self.plans:

@@ -5,10 +5,12 @@ The numbers are those of pycocotools, to the last digits; faster-coco-eval compu
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,13 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import calibration, confusion, error_types
 from pipelines.matching import IOUS, Matches, match
+from pipelines.mirror import name_of
 from pipelines.progress import progress
 from pipelines.resample import average_precision, enough_images, image_weights, interval, mean_over_classes
 from pipelines.settings import RunSettings, UserError
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json, write_json
+from pipelines.storage import WORKING, locate
 
 if TYPE_CHECKING:
     from pipelines.detect import Detector
@@ -235,11 +239,14 @@ def evaluate(
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     block = 2 * settings.evaluate.batch_size
     actors, sharing = places(ray.nodes(), use_gpu)
-    images = ray.data.read_parquet(shards, columns=["image_id", "file_name", "image"])
+    fs, _ = locate(name_of(dataset_folder), WORKING)
+    images = ray.data.read_parquet(
+        [locate(name_of(shard))[1] for shard in shards], filesystem=fs, columns=["image_id", "file_name", "image"]
+    )
     # A block is what comes back at once: a few batches, so that the bar moves within a shard.
     stream = images.repartition(target_num_rows_per_block=block).map_batches(
         DetectShard,
-        fn_constructor_args=(str(checkpoint), "cuda" if use_gpu else "cpu", settings.evaluate.batch_size,
+        fn_constructor_args=(ray.put(pack(checkpoint)), "cuda" if use_gpu else "cpu", settings.evaluate.batch_size,
                              settings.ingest.max_pixels, sharing),
         batch_size=settings.evaluate.batch_size,
         batch_format="pyarrow",
@@ -288,6 +295,20 @@ def evaluate(
     }
 
 
+def pack(checkpoint: Path) -> dict[str, bytes]:
+    """What `Detector.load` reads of a checkpoint, to be handed to actors: their machines may not have its folder."""
+    return {name: (Path(checkpoint) / name).read_bytes() for name in ("model.safetensors", "config.json")}
+
+
+@contextmanager
+def unpacked(files: dict[str, bytes]) -> Iterator[Path]:
+    """A folder with these files, while the block runs."""
+    with tempfile.TemporaryDirectory() as place:
+        for name, data in files.items():
+            (Path(place) / name).write_bytes(data)
+        yield Path(place)
+
+
 def places(nodes: list[dict[str, Any]], use_gpu: bool) -> tuple[int, int]:
     """How many actors the cluster (`ray.nodes()`) is to have, and how many of them at most share a node.
 
@@ -303,17 +324,19 @@ def places(nodes: list[dict[str, Any]], use_gpu: bool) -> tuple[int, int]:
 class DetectShard:
     """Ray Data actor: batches of encoded images -> rows of detections (DETECTIONS), `seconds` spent on each, `actor`.
 
-    sharing: how many actors share the cores of a node.
+    checkpoint: a reference to what `pack` made; sharing: how many actors share the cores of a node.
     """
 
-    def __init__(self, checkpoint: str, device: str, batch_size: int, max_pixels: int, sharing: int = 1):
+    def __init__(self, checkpoint, device: str, batch_size: int, max_pixels: int, sharing: int = 1):
+        import ray
         import torch
         from joblib import cpu_count
 
         from pipelines.detect import Detector
 
         torch.set_num_threads(max(1, cpu_count() // sharing))  # Ray tells an actor one
-        self.detector = Detector.load(checkpoint, batch_size, device)
+        with unpacked(ray.get(checkpoint)) as folder:
+            self.detector = Detector.load(folder, batch_size, device)
         self.max_pixels = max_pixels
         self.name = uuid.uuid4().hex
 

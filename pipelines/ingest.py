@@ -11,7 +11,7 @@ import io
 import json
 import os
 import posixpath
-import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,10 +27,11 @@ from pyarrow.fs import FileInfo, FileType
 from pipelines.alike import SIDE, thumbnail
 from pipelines.coco import CROWD, MAX_FILE_BYTES, CocoFile, image_place, image_record, read_coco, split_train, to_record
 from pipelines.folders import other_layout
+from pipelines.mirror import name_of
 from pipelines.progress import console, progress
 from pipelines.settings import DataSettings, RunSettings, UserError, digest
 from pipelines.stage import read_json, write_json
-from pipelines.storage import from_task, is_remote, join, kind, list_files, plain, read_file
+from pipelines.storage import Folder, from_task, is_remote, join, kind, list_files, plain, read_file
 
 FORMAT = 1
 # A training reads a group for each of its images: small ones cost little, and 16 rows still stream well.
@@ -142,14 +143,21 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
     annotations_lost = [{"split": split, **reject} for split, file in files.items() for reject in file.rejects()]
     _check_annotations(settings, files, annotations_lost, folder)
 
-    plans = folder / "plans"
-    plans.mkdir(exist_ok=True)
+    place = Folder(name_of(folder))
     shards = []  # (split, plan's file name, images), in order
     for plan in _plans(settings, source, files):
         shards.append((plan["split"], f"{plan['path']}.json", len(plan["images"])))
-        (plans / shards[-1][1]).write_text(json.dumps(plan), encoding="utf-8")
-    done = _run(shards, folder)
-    shutil.rmtree(plans)
+        place.put(f"plans/{shards[-1][1]}", json.dumps(plan).encode())
+    done = _run(shards, place)
+    for _, plan, _ in shards:
+        place.delete(f"plans/{plan}")
+    if not is_remote(place.uri):
+        (folder / "plans").rmdir()
+    else:  # what other machines wrote
+        for result in done:
+            if result["rows"]:
+                (folder / result["path"]).write_bytes(place.get(result["path"]))
+            write_json(folder / _note(result["path"]), result)
 
     splits: dict[str, dict] = {}
     images_lost: list[dict] = []
@@ -196,7 +204,7 @@ def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
     is left as it is; a rejected image is looked at again, since its fault may be mended.
     """
     path = folder / plan["path"]
-    note = path.with_suffix(".json")
+    note = folder / _note(plan["path"])
     fingerprint = digest(plan, 64)
     if note.is_file() and path.is_file():
         former = read_json(note)
@@ -246,6 +254,27 @@ def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
     return result
 
 
+def write_shard_to(target: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """`write_shard` into a folder, here or at s3://."""
+    if not is_remote(target):
+        return write_shard(plan, Path(target))
+    there, note = Folder(target), _note(plan["path"])
+    with tempfile.TemporaryDirectory() as place:
+        for name in (note, plan["path"]):  # of a start before this one
+            data = there.get(name)
+            if data is not None:
+                (Path(place) / name).write_bytes(data)
+        result = write_shard(plan, Path(place))
+        for path in (Path(place) / plan["path"], Path(place) / note):
+            if path.is_file():
+                there.put(path.name, path.read_bytes())
+    return result
+
+
+def _note(shard: str) -> str:
+    return str(Path(shard).with_suffix(".json"))
+
+
 def _coco_folder(settings: RunSettings, path: str) -> tuple[str, dict[str, CocoFile]]:
     """(the folder of the images, the splits) of a folder with COCO files."""
     data, images = settings.data, join(path, settings.data.images)
@@ -288,15 +317,15 @@ def _plans(settings: RunSettings, source: Source, files: dict[str, CocoFile]) ->
             }
 
 
-def _run(shards: list[tuple[str, str, int]], folder: Path) -> list[dict]:
+def _run(shards: list[tuple[str, str, int]], place: Folder) -> list[dict]:
     """The result of every shard's plan, in their order."""
     import ray
     from ray.exceptions import RayTaskError
 
-    target = folder.resolve()
+    target = place.uri
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
-        result = write_shard(read_json(target / "plans" / row["plan"]), target)
+        result = write_shard_to(target, read_json(join(target, f"plans/{row['plan']}")))
         return {"number": row["number"], "result": json.dumps(result)}
 
     # Results travel as text: what Arrow does not know, Ray Data would pickle.

@@ -14,6 +14,7 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
+from pipelines.mirror import records
 from pipelines.registry import CHAMPION, history, registered_name
 from pipelines.settings import RunSettings, UserError, flatten
 from pipelines.stage import read_json
@@ -270,8 +271,7 @@ def _champion_of(settings: RunSettings, store: Path) -> str:
 
 def _records(store: Path, stage: str) -> list[dict[str, Any]]:
     """The finished stages of that name in the store, the oldest first."""
-    found = [{**read_json(file), "folder": str(file.parent)} for file in (store / stage).glob("*/stage.json")]
-    return sorted(found, key=lambda record: record["finished"])
+    return sorted(records(store, stage), key=lambda record: record["finished"])
 
 
 def _run_facts(mlflow: Tracker, run_id: str) -> tuple[dict[str, Any] | None, str | None]:

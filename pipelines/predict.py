@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.evaluate import places
+from pipelines.evaluate import pack, places, unpacked
 from pipelines.listing import Listing, find_images
 from pipelines.plan import (
     DETECTIONS,
@@ -258,18 +258,23 @@ def _parts(width: int, height: int, recipe: dict[str, Any]) -> list[tuple[int, i
 
 
 class DetectBatches:
-    """Ray Data actor: batches of images (BATCHES) -> what is found on them (FOUND); sharing: actors of a machine."""
+    """Ray Data actor: batches of images (BATCHES) -> what is found on them (FOUND).
 
-    def __init__(self, checkpoint: str, device: str, sharing: int, recipe: dict[str, Any]):
+    checkpoint: a reference to what `evaluate.pack` made; sharing: how many actors share the cores of a machine.
+    """
+
+    def __init__(self, checkpoint, device: str, sharing: int, recipe: dict[str, Any]):
+        import ray
         import torch
         from joblib import cpu_count
 
         from pipelines.detect import Detector, label_thresholds
 
         torch.set_num_threads(max(1, cpu_count() // sharing))  # Ray tells a worker one
-        self.detector = Detector.load(
-            checkpoint, recipe["batch_size"], device, recipe["precision"], recipe["compile"]
-        )
+        with unpacked(ray.get(checkpoint)) as folder:
+            self.detector = Detector.load(
+                folder, recipe["batch_size"], device, recipe["precision"], recipe["compile"]
+            )
         self.least = label_thresholds(self.detector.categories, recipe["score_threshold"], recipe["score_thresholds"])
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -503,7 +508,7 @@ def _stream(
         )
         .map_batches(
             DetectBatches,
-            fn_constructor_args=(str(Path(checkpoint).resolve()), "cuda" if use_gpu else "cpu",
+            fn_constructor_args=(ray.put(pack(checkpoint)), "cuda" if use_gpu else "cpu",
                                  max(sharing, -(-actors // there)), recipe),
             batch_size=None,
             batch_format="pyarrow",

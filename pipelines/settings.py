@@ -394,6 +394,16 @@ class PredictSettings(Settings):
     )
 
 
+def without_password(uri: str | None) -> str | None:
+    """A URI as it is; ValueError for one with a password: settings are kept with every result and shown on its page."""
+    if uri and re.search(r"://[^/@]*:[^/@]*@|[?&]password=", uri):
+        raise ValueError(
+            "it holds a password, which would be kept with every result; leave it out, and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, or PGPASSWORD for PostgreSQL"
+        )
+    return uri
+
+
 class TrackingSettings(Settings):
     uri: str | None = Field(
         None, description="MLflow server, or its database; by default SQLite in the store. Without a password"
@@ -404,13 +414,21 @@ class TrackingSettings(Settings):
     @field_validator("uri")
     @classmethod
     def _without_password(cls, uri: str | None) -> str | None:
-        """Settings are kept with every result and shown on its page."""
-        if uri and re.search(r"://[^/@]*:[^/]*@|[?&]password=", uri):
-            raise ValueError(
-                "it holds a password, which would be kept with every result; leave it out, and set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, or PGPASSWORD for PostgreSQL"
-            )
-        return uri
+        return without_password(uri)
+
+
+class WorkflowSettings(Settings):
+    database: str | None = Field(
+        None, description="where a pipeline notes what it has done, as postgresql://me@host/detr; by default SQLite in "
+        "the store. Without a password (PGPASSWORD)",
+    )
+
+    @field_validator("database")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri and not uri.startswith(("postgresql://", "postgresql+psycopg://", "sqlite:///")):
+            raise ValueError("write it as postgresql://USER@HOST/NAME, or leave it out for SQLite in the store")
+        return without_password(uri)
 
 
 class ClusterSettings(Settings):
@@ -434,6 +452,7 @@ class RunSettings(Settings):
     gate: GateSettings = GateSettings()
     predict: PredictSettings = PredictSettings()
     tracking: TrackingSettings = TrackingSettings()
+    workflow: WorkflowSettings = WorkflowSettings()
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="before")

@@ -15,7 +15,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from pipelines.mirror import fetch, name_of, publish
 from pipelines.settings import digest
+from pipelines.storage import Folder, is_remote
 
 FORMAT = 1
 
@@ -39,8 +41,12 @@ def run_stage(
     folder = Path(store).resolve() / stage / key
     folder.mkdir(parents=True, exist_ok=True)
     record_path = folder / "stage.json"
+    mirrored = is_remote(name_of(folder))
     with FileLock(str(folder / ".lock")):
+        there = mirrored and fetch(folder)  # it may have been done elsewhere
         if record_path.is_file():
+            if mirrored and not there:  # this machine was stopped before it was put up
+                publish(folder)
             record = json.loads(record_path.read_text(encoding="utf-8"))
             return {**record, "folder": str(folder), "reused": True}
         started = time.monotonic()
@@ -57,11 +63,17 @@ def run_stage(
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_json(record_path, record)
+        if mirrored:
+            publish(folder)
     return {**record, "folder": str(folder), "reused": False}
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
+    """Write JSON to a file, or an object at s3://, so that a reader sees the old one or the whole new one."""
+    if is_remote(path):
+        folder, _, name = str(path).rpartition("/")
+        Folder(folder).put(name, json.dumps(value, indent=1, ensure_ascii=False).encode())
+        return
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -69,5 +81,11 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """The JSON value in a file."""
+    """The JSON value in a file, or an object at s3://. Raises FileNotFoundError where there is none."""
+    if is_remote(path):
+        folder, _, name = str(path).rpartition("/")
+        data = Folder(folder).get(name)
+        if data is None:
+            raise FileNotFoundError(path)
+        return json.loads(data)
     return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import random
-import shutil
 import statistics
 import threading
 import time
@@ -20,11 +19,14 @@ from typing import Any
 import yaml
 from filelock import FileLock
 from joblib import cpu_count
+from pyarrow.fs import FileType
 
 from pipelines.fit import fit_to_data
+from pipelines.mirror import at_hand, local, name_of
 from pipelines.progress import alongside, console, progress
 from pipelines.settings import SAME_MODEL, Axis, Range, RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, write_json
+from pipelines.storage import WORKING, Folder, is_remote, join, kind, list_files, locate
 from pipelines.tracking import Tracker
 from pipelines.train import check_room, find_weights, train, uses_gpu
 from pipelines.training_log import PROGRESS, read_history, read_progress
@@ -62,16 +64,15 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
     check_room(settings, use_gpu)
     if options.scheduler != "none":
         _check_state_api()
-    for file in folder.glob(f"trials/*/{TRIAL}"):
-        if read_json(file)["again"]:  # it failed of what may be better by now
-            file.unlink()
-    known = len(_rows(folder))
+    shared = name_of(folder)  # for what trials write, wherever they are
+    for place in _places(shared, TRIAL):
+        if read_json(join(place, TRIAL))["again"]:  # it failed of what may be better by now
+            Folder(place).delete(TRIAL)
+    known = len(_rows(shared))
     tried_at_once = _at_once(settings, use_gpu)
 
-    run_file = folder / "run.json"
-    run_id = read_json(run_file)["run_id"] if run_file.is_file() else None
-    run_id = tracker.start_run(name, run_id, {"detr.stage": "sweep"})
-    write_json(run_file, {"format": 1, "run_id": run_id})
+    run_id = tracker.start_run(name, _run_id(shared), {"detr.stage": "sweep"})
+    write_json(join(shared, "run.json"), {"format": 1, "run_id": run_id})
     tracker.log_params(run_id, {"sweep": options.model_dump(mode="json"), "seed": settings.seed})
     number = options.trials if trials is None else len(trials)
     console.print(
@@ -79,15 +80,15 @@ def sweep(settings: RunSettings, dataset_folder: Path, folder: Path, tracker: Tr
         + (f", {tried_at_once} at once" if tried_at_once > 1 else "") + (f"; {known} are known" if known else "") + "."
     )  # fmt: skip
     common = {
-        "settings": settings.model_dump(mode="json"), "present": present, "folder": str(folder),
-        "dataset": str(Path(dataset_folder).resolve()), "tracker": asdict(tracker), "run_id": run_id, "name": name,
+        "settings": settings.model_dump(mode="json"), "present": present, "folder": shared,
+        "dataset": name_of(dataset_folder), "tracker": asdict(tracker), "run_id": run_id, "name": name,
         "devices": _devices(settings, use_gpu),
     }  # fmt: skip
     status = "FAILED"
     try:
-        with alongside(follow, folder, number, tracker):
+        with alongside(follow, shared, number, tracker):
             run_trials(common, settings, space, trials, tried_at_once)
-        rows = _rows(folder)
+        rows = _rows(shared)
         if len(rows) < number and trials is None:
             console.print(f"Optuna proposed {number - len(rows)} of its trials a second time; they were not repeated.")
         if all(row["AP"] is None for row in rows):
@@ -276,7 +277,7 @@ def run_trials(
     _tune(common, settings, at_once, param_space={"values": tune.grid_search(listed)})
     if trials is not None:
         return
-    tried = [row["values"] for row in _started(Path(common["folder"]))]
+    tried = [row["values"] for row in _started(common["folder"])]
     inside = [values for values in tried if all(contains(axis, values[key]) for key, axis in space.items())]
     number = settings.sweep.trials - (len(tried) - len(inside))
     if number > 0:
@@ -291,8 +292,9 @@ def _tune(
     from ray import tune
 
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # with it a sweep that is stopped would seem to be over
-    place = Path(common["folder"]) / "ray"
-    shutil.rmtree(place, ignore_errors=True)  # what Tune wrote before a stop is not read: each trial's folder is
+    fs, place = locate(join(common["folder"], "ray"), WORKING)
+    if fs.get_file_info(place).type == FileType.Directory:
+        fs.delete_dir(place)  # what Tune wrote before a stop is not read: each trial's folder is
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, common=common), {"CPU": 0.1}),  # its worker asks for its own
         param_space=param_space or {},
@@ -300,7 +302,7 @@ def _tune(
             metric="AP", mode="max", max_concurrent_trials=at_once, scheduler=_scheduler(settings, common), **options
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(place), verbose=0, callbacks=[_notes(common)],
+            name="tune", storage_path=place, storage_filesystem=fs, verbose=0, callbacks=[_notes(common)],
             failure_config=tune.FailureConfig(max_failures=ATTEMPTS - 1),
         ),
     )  # fmt: skip
@@ -320,7 +322,7 @@ def _scheduler(settings: RunSettings, common: dict[str, Any]):
     class Lenient:
         def on_trial_result(self, controller, trial, result):
             decision = super().on_trial_result(controller, trial, result)
-            through = read_json(_place(common, trial) / TRIED)["number"] in THROUGH
+            through = read_json(join(_place(common, trial), TRIED))["number"] in THROUGH
             return TrialScheduler.CONTINUE if through else decision
 
         def _on_insufficient_samples(self, controller, trial, time):  # it would pause, and start the trial anew
@@ -365,17 +367,19 @@ def _optuna_search(space: dict[str, Axis], known: list[Values], seed: int):
 
 def _trial(config: dict[str, Any], common: dict[str, Any]) -> None:
     """A Tune trial: a Ray Train run of its own in a folder named by what it tries, so that it can be taken up again."""
-    place = Path(common["folder"]) / "trials" / digest(config["values"], 8)
-    with FileLock(place / ".lock"):  # Optuna may propose the same twice
+    place = join(common["folder"], f"trials/{digest(config['values'], 8)}")
+    here = local(place)
+    here.mkdir(parents=True, exist_ok=True)
+    with FileLock(here / ".lock"):  # Optuna may propose the same twice
         _train_or_tell(config["values"], place, common)
 
 
-def _train_or_tell(values: Values, place: Path, common: dict[str, Any]) -> None:
+def _train_or_tell(values: Values, place: str, common: dict[str, Any]) -> None:
     from ray import tune
 
     settings = RunSettings.model_validate(common["settings"])
     options, changes = settings.sweep, settings_of(settings, values, common["present"])
-    row = read_json(place / TRIAL) if (place / TRIAL).is_file() else None
+    row = _known(place, TRIAL)
     for point in (row or _row(place, common))["curve"]:  # of what was done before a stop Tune hears again
         if row or point["validation"] < options.validations:
             tune.report({"AP": point["AP"], "validation": point["validation"]})
@@ -390,8 +394,8 @@ def _train_or_tell(values: Values, place: Path, common: dict[str, Any]) -> None:
     tags = {"mlflow.parentRunId": common["run_id"], "detr.stage": "trial", "detr.tries": _in_words(changes)}
     try:
         found = train(
-            mine, Path(common["dataset"]), place, Tracker(**common["tracker"]), f"{common['name']}-{place.name}", tags,
-            callbacks=[_cut_reports(options.validations)],
+            mine, at_hand(common["dataset"]), local(place), Tracker(**common["tracker"]),
+            f"{common['name']}-{place.rpartition('/')[2]}", tags, callbacks=[_cut_reports(options.validations)],
         )  # fmt: skip
     except UserError as error:
         again = not isinstance(error, Diverged) and error.exit_code != 2
@@ -421,18 +425,18 @@ def _notes(common: dict[str, Any]):
     class Notes(tune.Callback):  # pickled by Tune
         def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
             place = _place(common, trial)
-            if not (place / TRIED).is_file():
-                place.mkdir(parents=True, exist_ok=True)
-                number = len(_started(Path(common["folder"])))
-                write_json(place / TRIED, {"format": FORMAT, "number": number, "values": trial.config["values"]})
+            if not _known(place, TRIED):
+                number = len(_started(common["folder"]))
+                local(place).mkdir(parents=True, exist_ok=True)
+                write_json(join(place, TRIED), {"format": FORMAT, "number": number, "values": trial.config["values"]})
 
         def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
-            if not (_place(common, trial) / TRIAL).is_file():
+            if not _known(_place(common, trial), TRIAL):
                 self._close(trial, "stopped", "KILLED")
 
         def on_trial_error(self, iteration: int, trials: list, trial, **info: Any) -> None:
             self.on_trial_start(iteration, trials, trial)  # its process may not have come up
-            if not (_place(common, trial) / TRIAL).is_file():
+            if not _known(_place(common, trial), TRIAL):
                 said = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
                 why = next(reversed(said.strip().splitlines()), "It failed without a word.")
                 self._close(trial, "failed", "FAILED", why)
@@ -449,20 +453,21 @@ def _notes(common: dict[str, Any]):
     return Notes()
 
 
-def _place(common: dict[str, Any], trial) -> Path:
-    return Path(common["folder"]) / "trials" / digest(trial.config["values"], 8)
+def _place(common: dict[str, Any], trial) -> str:
+    return join(common["folder"], f"trials/{digest(trial.config['values'], 8)}")
 
 
 def _end(
-    place: Path, common: dict[str, Any], status: str, error: str | None = None, again: bool = False, **known: Any
+    place: str, common: dict[str, Any], status: str, error: str | None = None, again: bool = False, **known: Any
 ) -> None:  # fmt: skip
     """Write a trial's row. again: when the sweep is started again, it is to be tried once more."""
-    write_json(place / TRIAL, _row(place, common) | {"status": status, "error": error, "again": again, **known})
+    write_json(join(place, TRIAL), _row(place, common) | {"status": status, "error": error, "again": again, **known})
 
 
-def _row(place: Path, common: dict[str, Any]) -> dict[str, Any]:
+def _row(place: str, common: dict[str, Any]) -> dict[str, Any]:
     """A trial's row (see `pipelines.trials`) as far as it has come, by its folder."""
-    tried, history, seconds = read_json(place / TRIED), read_history(place / PROGRESS), _seconds(place)
+    tried, history = read_json(join(place, TRIED)), read_history(join(place, PROGRESS))
+    seconds = _seconds(place)
     settings = RunSettings.model_validate(common["settings"])
     validations, steps = history["validations"], history["steps"]
     best = max(validations, key=lambda found: found["AP"], default={"AP": None, "AP50": None})
@@ -480,29 +485,52 @@ def _row(place: Path, common: dict[str, Any]) -> dict[str, Any]:
         "images_per_second": round(statistics.median(rates), 2) if rates else None,
         "seconds": round(seconds, 1),
         "device_hours": round(seconds / 3600 * common["devices"], 4),
-        "run_id": read_json(place / "run.json")["run_id"] if (place / "run.json").is_file() else None,
+        "run_id": _run_id(place),
         "error": None,
     }  # fmt: skip
 
 
-def _seconds(place: Path) -> float:
+def _seconds(place: str) -> float:
     """What a training took, all its starts together, by its progress file."""
     spent, last = 0.0, None
-    for record in read_progress(place / PROGRESS):
+    for record in read_progress(join(place, PROGRESS)):
         if record["event"] != "start" and last is not None:
             spent += record["time"] - last
         last = record["time"]
     return spent
 
 
-def _started(folder: Path) -> list[dict[str, Any]]:
+def _started(folder: str) -> list[dict[str, Any]]:
     """What trials that were started before try, in the order of their numbers."""
-    return sorted((read_json(file) for file in folder.glob(f"trials/*/{TRIED}")), key=lambda row: row["number"])
+    return sorted((read_json(join(place, TRIED)) for place in _places(folder, TRIED)), key=lambda row: row["number"])
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
+def _rows(folder: str) -> list[dict[str, Any]]:
     """Trials that are over, in the order of their numbers."""
-    return sorted((read_json(file) for file in folder.glob(f"trials/*/{TRIAL}")), key=lambda row: row["number"])
+    return sorted((read_json(join(place, TRIAL)) for place in _places(folder, TRIAL)), key=lambda row: row["number"])
+
+
+def _places(folder: str, name: str) -> list[str]:
+    """The folders of a sweep's trials that hold a file of that name."""
+    trials = join(folder, "trials")
+    if not is_remote(trials):
+        return [str(file.parent) for file in Path(trials).glob(f"*/{name}")]
+    if kind(trials) == FileType.NotFound:
+        return []
+    found = (file.split("/") for file in list_files(trials, recursive=True))
+    return [join(trials, parts[0]) for parts in found if parts[1:] == [name]]
+
+
+def _known(place: str, name: str) -> dict[str, Any] | None:
+    """What a file of a trial says, or None."""
+    try:
+        return read_json(join(place, name))
+    except FileNotFoundError:
+        return None
+
+
+def _run_id(place: str) -> str | None:
+    return (_known(place, "run.json") or {"run_id": None})["run_id"]
 
 
 def _devices(settings: RunSettings, use_gpu: bool) -> int:
@@ -537,7 +565,7 @@ def _check_state_api() -> None:
         ) from error
 
 
-def follow(stop: threading.Event, folder: Path, number: int, tracker: Tracker) -> None:
+def follow(stop: threading.Event, folder: str, number: int, tracker: Tracker) -> None:
     """Show how far a sweep of so many trials is, on stderr, by what they leave in their folders.
 
     MLflow runs of trials that go on are watched, so that they are closed with those of this process when it is stopped.
@@ -548,17 +576,17 @@ def follow(stop: threading.Event, folder: Path, number: int, tracker: Tracker) -
         began, first = time.monotonic(), None
         done = False
         while not done:
-            done = stop.wait(2.0)
+            done = stop.wait(10.0 if is_remote(folder) else 2.0)
             rows = _rows(folder)
             for row in rows:
                 if row["number"] not in said:
                     said.add(row["number"])
                     console.print(f"  trial {len(said)} of {number}, {_ended_words(row)}")
             running = []
-            for place in (file.parent for file in folder.glob(f"trials/*/{TRIED}")):
-                runs = not (place / TRIAL).is_file()
-                if (place / "run.json").is_file():
-                    tracker.watch_run(read_json(place / "run.json")["run_id"], runs)
+            for place in _places(folder, TRIED):
+                runs = not _known(place, TRIAL)
+                if run_id := _run_id(place):
+                    tracker.watch_run(run_id, runs)
                 if runs:
                     running.append(_share(place))
             share = len(rows) + sum(running)
@@ -575,9 +603,9 @@ def _ended_words(row: dict[str, Any]) -> str:
     return f"{how.format(AP=row['AP'] or 0.0)} after {row['seconds']:.0f} s: {_in_words(row['changes'])}{why}"
 
 
-def _share(place: Path) -> float:
+def _share(place: str) -> float:
     """Of a trial's time, what is over."""
-    shares = [record["share"] or 0.0 for record in read_progress(place / PROGRESS) if record["event"] == "step"]
+    shares = [record["share"] or 0.0 for record in read_progress(join(place, PROGRESS)) if record["event"] == "step"]
     return shares[-1] if shares else 0.0
 
 

@@ -40,11 +40,12 @@ from pipelines.detect import Detector
 from pipelines.feed import Arrivals, first_model, open_feed
 from pipelines.fit import fit_to_data
 from pipelines.gate import write_trained_on
+from pipelines.mirror import at_hand, name_of
 from pipelines.progress import alongside, console
 from pipelines.settings import RunSettings, TrainSettings, UserError, digest, override_settings
 from pipelines.shards import flat_values, read_split
 from pipelines.stage import read_json, write_json
-from pipelines.storage import WORKING, WholeFiles, fetch, filesystem, locate
+from pipelines.storage import WORKING, Folder, WholeFiles, fetch, filesystem, join, locate
 from pipelines.tracking import Tracker, code_version, environment
 from pipelines.training_log import LOG_EVERY, PROGRESS, TrainingLog, follow, read_history
 from pipelines.training_state import (
@@ -101,8 +102,10 @@ def train(
     check_room(settings, use_gpu)
     beside = _validates_beside(settings, use_gpu)
     fs, storage = checkpoint_storage(settings, folder)
-    run_file = folder / "run.json"
-    run_id = read_json(run_file)["run_id"] if run_file.is_file() else None
+    shared = name_of(folder)  # for what workers write, wherever they are
+    run_file, run_id = join(shared, "run.json"), None
+    with contextlib.suppress(FileNotFoundError):
+        run_id = read_json(run_file)["run_id"]
     run_id = tracker.start_run(name, run_id, tags)
     status, model_id = "FAILED", None
     on_interrupt = signal.getsignal(signal.SIGINT)
@@ -116,17 +119,17 @@ def train(
         of_val = {"model_id": model_id, "dataset_name": f"{dataset['name']}-val",
                   "dataset_digest": dataset["splits"]["val"]["digest"]}  # fmt: skip
         validation = {
-            "settings": settings.model_dump(mode="json"), "dataset_folder": str(Path(dataset_folder).resolve()),
-            "log": str(folder / PROGRESS), "tracker": asdict(tracker), "run_id": run_id, "of_val": of_val,
+            "settings": settings.model_dump(mode="json"), "dataset_folder": name_of(dataset_folder),
+            "log": join(shared, PROGRESS), "tracker": asdict(tracker), "run_id": run_id, "of_val": of_val,
             "device": "cuda" if use_gpu else "cpu",
         }  # fmt: skip
-        (folder / FAILED).unlink(missing_ok=True)
+        Folder(shared).delete(FAILED)
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={
                 "settings": settings.model_dump(mode="json"),
-                "dataset": str(Path(dataset_folder).resolve()),
-                "folder": str(folder),
+                "dataset": name_of(dataset_folder),
+                "folder": shared,
                 "tracker": tracker,
                 "run_id": run_id,
                 "of_val": of_val,
@@ -156,10 +159,10 @@ def train(
                 ray_remote_kwargs={"num_cpus": 1, "num_gpus": int(use_gpu), "max_retries": 3},
             ) if beside else None,
         )  # fmt: skip
-        with alongside(follow, folder / PROGRESS):
+        with alongside(follow, join(shared, PROGRESS)):
             result = trainer.fit()
-        if (folder / FAILED).is_file():
-            raise _said(folder)
+        if said := _said(shared):
+            raise said
         if result.error is not None:
             raise result.error
         summary = _finish(result, folder, settings, validation, (fs, f"{storage}/run"))
@@ -172,7 +175,7 @@ def train(
         status = "KILLED"
         raise KeyboardInterrupt from stop
     except ray.train.TrainingFailedError as error:
-        raise _explain(error, folder, options.storage) from error
+        raise _explain(error, shared, options.storage) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # which fit replaced for good
@@ -202,22 +205,23 @@ def _finish(
         if "metrics" in found:  # of a validation beside the training
             finish_model(part, found["metrics"])
             summary |= {"AP": found["AP"], "AP50": found["AP50"], "best_step": found["step"]}
-        write_trained_on(Path(validation["dataset_folder"]), part, settings.train.init_from)
+        write_trained_on(at_hand(validation["dataset_folder"]), part, settings.train.init_from)
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         os.replace(part, folder / "checkpoint")
-    write_json(folder / "history.json", read_history(folder / PROGRESS))
+    write_json(folder / "history.json", read_history(join(name_of(folder), PROGRESS)))
     sweep_orphans(*storage)
     return summary
 
 
 def checkpoint_storage(settings: RunSettings, folder: Path) -> tuple[pafs.FileSystem, str]:
-    """Where checkpoints go up while a training runs: its own folder below train.storage, or in `folder`.
+    """Where checkpoints go up while a training runs: its own folder below train.storage, or in `folder`'s store.
 
     Raises UserError where that cannot be reached.
     """
     given = settings.train.storage
     if given is None:
-        return WholeFiles(), str(folder / "ray")
+        fs, place = locate(join(name_of(folder), "ray"), WORKING)
+        return (WholeFiles() if fs.type_name == "local" else fs), place
     fs, place = locate(given, WORKING)
     if fs.type_name == "s3":
         filesystem(f"s3://{place.partition('/')[0]}")  # says what is wrong with it, soon
@@ -274,19 +278,20 @@ def check_labels(dataset_folder: Path, dataset: dict[str, Any]) -> None:
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """What every Ray Train worker runs; the first worker's return value is the summary."""
-    said = Path(config["folder"]) / FAILED
-    if said.is_file():  # started again after what would only happen again
+    folder = config["folder"]
+    if _said(folder):  # started again after what would only happen again
         return {}
     try:
         return _train_loop(config)
     except StorageError:  # the storage may be back soon
         raise
     except Exception as error:
-        explained = explain_failure(error, Path(config["folder"]), config["settings"]["train"]["storage"])
+        explained = explain_failure(error, folder, config["settings"]["train"]["storage"])
         if explained is None:
             raise
-        with contextlib.suppress(OSError):  # the disk may be full, and then it is tried again
-            write_json(said, {"format": 1, "error": str(explained), "diverged": isinstance(error, Diverged)})
+        told = {"format": 1, "error": str(explained), "diverged": isinstance(error, Diverged)}
+        with contextlib.suppress(OSError, UserError):  # the disk may be full, and then it is tried again
+            write_json(join(folder, FAILED), told)
         raise explained from error
 
 
@@ -295,7 +300,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
 
     settings = RunSettings.model_validate(config["settings"])
-    options, folder, dataset_folder = settings.train, Path(config["folder"]), Path(config["dataset"])
+    options, folder, dataset_folder = settings.train, config["folder"], at_hand(config["dataset"])
     dataset = read_json(dataset_folder / "dataset.json")
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -335,7 +340,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         if rank < len(saved["rng"]):
             set_random_state(saved["rng"][rank])
         del saved
-    log = TrainingLog(folder / PROGRESS, config["tracker"], config["run_id"], config["of_val"], rank == 0)
+    log = TrainingLog(join(folder, PROGRESS), config["tracker"], config["run_id"], config["of_val"], rank == 0)
     if rank == 0:
         config["tracker"].log_environment(config["run_id"], environment() | {"code": config["code"]})
     log.start(state["step"], messages, count_parameters(model), workers, feed)
@@ -633,7 +638,7 @@ def update_average(ema: torch.optim.swa_utils.AveragedModel, model: torch.nn.Mod
     ema.update_parameters(model)
 
 
-def explain_failure(error: BaseException, folder: Path, storage: str | None) -> UserError | None:
+def explain_failure(error: BaseException, folder: Path | str, storage: str | None) -> UserError | None:
     """What ended a training and the user can mend, in a sentence; None for all else.
 
     folder, storage: where it keeps what it makes, and its checkpoints (train.storage).
@@ -654,16 +659,19 @@ def explain_failure(error: BaseException, folder: Path, storage: str | None) -> 
     return None
 
 
-def _said(folder: Path) -> UserError:
+def _said(folder: str) -> UserError | None:
     """What a worker left in the folder's failed.json."""
-    said = read_json(folder / FAILED)
+    try:
+        said = read_json(join(folder, FAILED))
+    except FileNotFoundError:
+        return None
     return (Diverged if said["diverged"] else UserError)(said["error"])
 
 
-def _explain(error: Exception, folder: Path, storage: str | None) -> UserError:
+def _explain(error: Exception, folder: str, storage: str | None) -> UserError:
     """The sentence of a UserError a worker raised, or what became of the workers."""
-    if (folder / FAILED).is_file():
-        return _said(folder)
+    if said := _said(folder):
+        return said
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
         cause: BaseException | None = failure

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,23 +22,67 @@ from torch import Tensor
 from pipelines.feed import Feed
 from pipelines.progress import console, duration, progress
 from pipelines.settings import UserError
+from pipelines.storage import Folder, is_remote
 from pipelines.tracking import Tracker
 from pipelines.workers import gather_over_workers
 
 LOG_EVERY = 20  # steps
 AWAY = 60  # seconds until an MLflow that did not answer is asked again
-PROGRESS = "progress.jsonl"
+PROGRESS, VALIDATIONS = "progress.jsonl", "validation-"
+SENT_EVERY = 5.0  # seconds, to s3://
+
+
+class _Lines:
+    """A JSON-lines file that grows line by line; at s3:// it is written anew every few seconds, beside the training."""
+
+    def __init__(self, path: Path | str):
+        self.path, self.remote = path, is_remote(path)
+        self.text: list[bytes] = []
+        self.sent, self.sending, self.sent_at = 0, None, 0.0
+        self.pool = ThreadPoolExecutor(1) if self.remote else None
+
+    def go_on(self) -> None:
+        """Take up what is there, without a line that was cut off, by a kill or a full disk."""
+        if self.remote:
+            folder, _, name = str(self.path).rpartition("/")
+            self.text = (Folder(folder).get(name) or b"").splitlines(keepends=True)
+            self.sent = len(self.text)
+        elif Path(self.path).is_file():
+            whole = Path(self.path).read_bytes()
+            os.truncate(self.path, whole.rfind(b"\n") + 1)
+
+    def add(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record).encode() + b"\n"
+        if not self.remote:
+            with Path(self.path).open("ab") as file:
+                file.write(line)
+            return
+        self.text.append(line)
+        busy = self.sending is not None and not self.sending.done()
+        if not busy and time.monotonic() - self.sent_at > SENT_EVERY:
+            self.sending, self.sent_at = self.pool.submit(self._send, list(self.text)), time.monotonic()
+
+    def flush(self) -> None:
+        """Await that all of it is there. Raises UserError."""
+        if self.remote and self.sent < len(self.text):
+            self.pool.submit(self._send, list(self.text)).result()
+
+    def _send(self, text: list[bytes]) -> None:
+        folder, _, name = str(self.path).rpartition("/")
+        Folder(folder).put(name, b"".join(text))
+        self.sent = len(text)
 
 
 class TrainingLog:
-    """Losses, rates and AP to a JSON-lines file and to MLflow.
+    """Losses, rates and AP to a JSON-lines file, here or at s3://, and to MLflow.
 
     of_val: what AP is bound to in MLflow (see `Tracker.log_metrics`). active: false in workers but the first, who only
     tell it their losses.
     """
 
-    def __init__(self, path: Path, tracker: Tracker, run_id: str, of_val: dict[str, str], active: bool = True):
-        self.path, self.tracker, self.run_id, self.of_val, self.active = path, tracker, run_id, of_val, active
+    def __init__(self, path: Path | str, tracker: Tracker, run_id: str, of_val: dict[str, str], active: bool = True):
+        self.tracker, self.run_id, self.of_val, self.active = tracker, run_id, of_val, active
+        self.lines = _Lines(path)
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.since = time.monotonic()
@@ -48,9 +93,8 @@ class TrainingLog:
 
     def start(self, step: int, messages: list[str], parameters: tuple[int, int], workers: int, feed: Feed) -> None:
         self.per_epoch = feed.steps_per_epoch()
-        if self.active and self.path.is_file():
-            whole = self.path.read_bytes()
-            os.truncate(self.path, whole.rfind(b"\n") + 1)  # without a line that was cut off, by a kill or a full disk
+        if self.active:
+            self.lines.go_on()
         self._write({"event": "start", "step": step, "messages": messages, "parameters": parameters[0],
                      "trainable": parameters[1], "workers": workers, "epoch_images": feed.images})  # fmt: skip
 
@@ -127,8 +171,7 @@ class TrainingLog:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.active:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**record, "time": round(time.time(), 2)}) + "\n")
+            self.lines.add({**record, "time": round(time.time(), 2)})
 
     def _track(self, metrics: dict[str, float], step: int, **bound: str) -> None:
         if self.active:
@@ -144,9 +187,10 @@ class TrainingLog:
             self.unsent.pop(0)
 
     def finish(self) -> None:
-        """Once more at the end, without waiting for a server that was away."""
+        """Once more at the end, without waiting for a server that was away. Raises UserError."""
         self.ask_from = 0.0
         self.send()
+        self.lines.flush()
 
     def _to_mlflow(self, work: Callable[[], None]) -> bool:
         """Whether MLflow took it; what is wrong is said once, until it answers again."""
@@ -166,15 +210,29 @@ class TrainingLog:
         return True
 
 
-def read_progress(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a progress file."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the last one, while it is written
-                yield json.loads(line)
+def progress_of(path: str, step: int) -> str:
+    """The progress file of the validation of a step, which is written beside the training's: an object has one writer.
+
+    At s3:// alone; lines of several processes go into one local file.
+    """
+    return path.replace(PROGRESS, f"{VALIDATIONS}{step:08d}.jsonl") if is_remote(path) else path
 
 
-def read_history(path: Path) -> dict[str, Any]:
+def read_progress(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The complete lines of a progress file, and of those of validations beside it, in order of time."""
+    if not is_remote(path):
+        texts = [Path(path).read_bytes()] if Path(path).is_file() else []
+    else:
+        folder = Folder(str(path).rpartition("/")[0])
+        texts = [folder.get(name) or b"" for name in (PROGRESS, *folder.names(VALIDATIONS))]
+    records = []
+    for line in b"\n".join(texts).decode().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the last one, while it is written
+            records.append(json.loads(line))
+    yield from sorted(records, key=lambda record: record["time"]) if len(texts) > 1 else records
+
+
+def read_history(path: Path | str) -> dict[str, Any]:
     """Steps and validations of a run; those done again after an interruption count once."""
     steps, validations = {}, {}
     for record in read_progress(path):
@@ -190,16 +248,18 @@ def read_history(path: Path) -> dict[str, Any]:
     }
 
 
-def follow(stop: threading.Event, path: Path) -> None:
+def follow(stop: threading.Event, path: Path | str) -> None:
     """Show what comes to a progress file on stderr, while the training runs elsewhere."""
-    seen = sum(1 for _ in read_progress(path))
+    seen = {json.dumps(record) for record in read_progress(path)}
     with progress() as bar:
         task = bar.add_task("train", total=None, note="starting")
         ap, done, began = "", False, None
         while not done:
-            done = stop.wait(1.0)
-            records = list(read_progress(path))
-            for record in records[seen:]:
+            done = stop.wait(SENT_EVERY if is_remote(path) else 1.0)
+            for record in read_progress(path):
+                if (line := json.dumps(record)) in seen:
+                    continue
+                seen.add(line)
                 if record["event"] == "start":
                     began = None
                     went_on = f", going on from step {record['step']}" if record["step"] else ""
@@ -230,4 +290,3 @@ def follow(stop: threading.Event, path: Path) -> None:
                         of = f" of {record['steps']}" if record["steps"] else ""
                         still = f", {duration(left)} left" if left is not None else ""
                         console.print(f"  step {record['step']}{of}: {note}{still}")
-            seen = len(records)

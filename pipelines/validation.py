@@ -13,11 +13,12 @@ from detr.draw import class_colours, draw_truth_and_detections, picture_grid
 from detr.transforms import decode_image
 from pipelines.detect import Detector
 from pipelines.evaluate import DETECTIONS, check_ids, coco_metrics, coco_truth, detect_rows, detections_to_coco
+from pipelines.mirror import at_hand
 from pipelines.settings import RunSettings
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json
 from pipelines.tracking import Tracker, forget_last_steps
-from pipelines.training_log import TrainingLog
+from pipelines.training_log import TrainingLog, progress_of
 from pipelines.training_state import MODEL
 from pipelines.workers import gather_over_workers, of_first_worker, use_machine
 
@@ -72,17 +73,20 @@ def validate_checkpoint(
     use_machine()
     forget_last_steps()  # of a run that another process has logged since
     known = RunSettings.model_validate(settings)
-    dataset = read_json(Path(dataset_folder) / "dataset.json")
-    with checkpoint.as_directory() as place:
-        detector = Detector.load(Path(place) / MODEL, known.evaluate.batch_size, device)
-        step = read_json(Path(place) / MODEL / "config.json")["trained"]["step"]
-    said = TrainingLog(Path(log), Tracker(**tracker), run_id, of_val)
+    place = at_hand(dataset_folder)
+    dataset = read_json(place / "dataset.json")
+    with checkpoint.as_directory() as files:
+        detector = Detector.load(Path(files) / MODEL, known.evaluate.batch_size, device)
+        step = read_json(Path(files) / MODEL / "config.json")["trained"]["step"]
+    said = TrainingLog(progress_of(log, step), Tracker(**tracker), run_id, of_val)
     try:
-        metrics = validate(detector, dataset, Path(dataset_folder), known)
+        metrics = validate(detector, dataset, place, known)
     except Exception as error:
         said.say(f"The validation of step {step} failed: {error}")
+        said.finish()
         raise
-    said.validation(step, metrics, sample_predictions(detector, dataset, Path(dataset_folder), known))
+    said.validation(step, metrics, sample_predictions(detector, dataset, place, known))
+    said.finish()
     return {"AP": metrics["AP"], "AP50": metrics["AP50"], "metrics": metrics}
 
 

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from rich.text import Text
 
+from pipelines.mirror import fetch, name_of, publish, records
 from pipelines.progress import console
 from pipelines.settings import SAME_MODEL, RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, run_stage, write_json
+from pipelines.storage import is_remote, join
 
 if TYPE_CHECKING:
     from pipelines.ingest import Source
@@ -39,12 +41,12 @@ def sample_stage(settings: RunSettings, store: Path) -> Record:
                   lambda folder: {**write_sample(settings.sample, folder / "sample"), "folder": "sample"})  # fmt: skip
 
 
-def data_path(settings: RunSettings, store: Path) -> Path | str:
-    """The COCO folder to work on: the user's, or the built-in one, made if need be."""
+def data_path(settings: RunSettings, store: Path) -> str:
+    """The COCO folder to work on, as Ray's workers find it: the user's, or the built-in one, made if need be."""
     if settings.data.path is not None:
         path = settings.data.path
-        return path if "://" in path else Path(path).resolve()  # Ray's workers may be elsewhere
-    return Path(sample_stage(settings, store)["folder"]) / "sample"
+        return path if "://" in path else str(Path(path).resolve())
+    return name_of(Path(sample_stage(settings, store)["folder"]) / "sample")
 
 
 def ingest_stage(settings: RunSettings, store: Path, found: Source | None = None) -> Record:
@@ -150,6 +152,8 @@ def promote_stage(
         "promote",
         lambda: promote(settings, tracker, name, version, measured, compare, folder, Path(store) / "models", why),
     )
+    if is_remote(name_of(folder)):
+        publish(folder)
     verdict = record["result"]
     console.print(f"{'Promoted' if verdict['promoted'] else 'Refused'}: {verdict['reason']}")
     return record
@@ -172,14 +176,13 @@ def predict_stage(
     started, output = time.monotonic(), output and Folder(output).uri
     recipe = make_recipe(settings, images, column, checkpoint, model_name, version)
     folder = Path(store).resolve() / "predict" / digest({"recipe": recipe, "output": output})
-    file = folder / "stage.json"
-    earlier = [read_json(path) for path in (Path(store) / "predict").glob("*/stage.json")]
+    before = {record.pop("folder"): record for record in records(Path(store).resolve(), "predict")}
     result = predict(
-        settings, images, checkpoint, model_name, version, output or folder, column,
+        settings, images, checkpoint, model_name, version, output or name_of(folder), column,
         tracker(settings, Path(store), model_name), session,
     )  # fmt: skip
-    if file.is_file() and not result["new"]["images"]:
-        known = read_json(file)
+    known = before.get(str(folder))
+    if known and not result["new"]["images"]:
         same = {key: known["result"].get(key) for key in ("drift", "images_per_second", "cost_per_1000_images")}
         record = {**known, "result": {**result, **same}, "reused": True}
     else:
@@ -195,12 +198,12 @@ def predict_stage(
             "seconds": round(time.monotonic() - started, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
-        alike = [other for other in earlier if _way(other) == _way(record) and other["result"]["new"]["images"]]
+        alike = [other for other in before.values() if _way(other) == _way(record) and other["result"]["new"]["images"]]
         last = max(alike, key=lambda other: other["finished"], default=None)
         apart = last and drift(result["new"], last["result"]["new"])
         result["drift"] = apart and {"since": last["finished"], "version": last["inputs"]["model"][1], **apart}
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, record)
+        write_json(join(name_of(folder), "stage.json"), record)
         record["reused"] = False
     record["folder"] = str(folder)
     _remember(store, record)
@@ -268,7 +271,10 @@ def last_verdict(settings: RunSettings, store: Path, data: Record, checkpoint: P
     same = f"name = '{name}' and tags.`model.safetensors_sha256` = '{weights_digest(checkpoint)}'"
     tracker = _tracker(settings, store, data)
     for version in tracker.client().search_model_versions(same):
-        file = Path(store) / "promote" / f"{name}-{version.version}" / "verdict.json"
+        folder = Path(store) / "promote" / f"{name}-{version.version}"
+        file = folder / "verdict.json"
+        if is_remote(name_of(folder)):
+            fetch(folder)
         if file.is_file():
             now = champion(tracker, name)
             verdict = {**read_json(file), "champion": now and now["version"],
@@ -327,7 +333,7 @@ def pipeline(settings: RunSettings, store: Path, found: Source) -> dict[str, Any
     DBOS(
         config={
             "name": "detr",
-            "system_database_url": f"sqlite:///{store / 'workflow.db'}",
+            "system_database_url": settings.workflow.database or f"sqlite:///{store / 'workflow.db'}",
             "application_version": APPLICATION_VERSION,
             "executor_id": key,  # a start takes up what was stopped of its own settings, and nothing else
             "serializer": DBOSPortableJSONSerializer(),
@@ -428,10 +434,10 @@ def _images_to_predict(settings: RunSettings, store: Path, data: Record, split: 
     # Split off train, or no COCO file: a list of the names.
     folder = Path(data["folder"])
     names = read_split(folder, split, ["file_name"])["file_name"].to_pylist()
-    listed = folder / f"{split}.images.json"
+    listed = join(name_of(folder), f"{split}.images.json")
     write_json(listed, {"images": [{"file_name": name} for name in names]})
     source = read_json(folder / "dataset.json")["source"]
-    return str(listed), override_settings(settings, {"data.images": source["images"]})
+    return listed, override_settings(settings, {"data.images": source["images"]})
 
 
 def download_model(settings: RunSettings, store: Path, data: Record, uri: str) -> tuple[Path, str, str]:
@@ -478,11 +484,25 @@ def run_of(settings: RunSettings, store: Path, data: Record, checkpoint: Path) -
 
 def latest(store: Path, stage: str) -> Record | None:
     """The record of the stage that was done or asked for last in this store."""
-    path = Path(store) / "latest.json"
-    folder = read_json(path).get(stage) if path.is_file() else None
-    if folder is None or not (Path(folder) / "stage.json").is_file():
+    told = _latest(store).get(stage)
+    if told is None:
         return None
-    return {**read_json(Path(folder) / "stage.json"), "folder": folder, "reused": True}
+    folder = Path(store).resolve() / told
+    if is_remote(name_of(folder)) and stage != "predict":  # whose table stays where it is
+        fetch(folder)
+    try:
+        record = read_json(join(name_of(folder), "stage.json"))
+    except FileNotFoundError:
+        return None
+    return {**record, "folder": str(folder), "reused": True}
+
+
+def _latest(store: Path) -> dict[str, Any]:
+    """The folder of each stage that was done or asked for last, relative to the store."""
+    try:
+        return read_json(join(name_of(store), "latest.json"))
+    except FileNotFoundError:
+        return {"format": 2}
 
 
 def _checkpoint_inputs(checkpoint: Path) -> dict[str, str]:
@@ -547,11 +567,12 @@ def _stage(
 
 def _remember(store: Path, record: Record) -> None:
     """That this is what the stage did last in the store."""
-    path = Path(store) / "latest.json"
-    with FileLock(str(path.with_name(".latest.lock"))):  # schedules run side by side
-        pointers = read_json(path) if path.is_file() else {"format": 1}
-        if pointers.get(record["stage"]) != record["folder"]:
-            write_json(path, {**pointers, record["stage"]: record["folder"]})
+    store = Path(store).resolve()
+    folder = Path(record["folder"]).relative_to(store).as_posix()
+    with FileLock(str(store / ".latest.lock")):  # schedules run side by side
+        pointers = _latest(store)
+        if pointers.get(record["stage"]) != folder:
+            write_json(join(name_of(store), "latest.json"), {**pointers, "format": 2, record["stage"]: folder})
 
 
 def _timed(stage: str, work: Callable[[], dict[str, Any]]) -> Record:
