@@ -426,9 +426,12 @@ def _notes(common: dict[str, Any]):
         def on_trial_start(self, iteration: int, trials: list, trial, **info: Any) -> None:
             place = _place(common, trial)
             if not _known(place, TRIED):
-                number = len(_started(common["folder"]))
+                values = trial.config["values"]
+                taken = {row["number"] for row in _started(common["folder"])}
+                free = (n for n in itertools.count(1) if n not in taken)
+                number = 0 if values == common["present"] else next(free)  # of several it may not start first
                 local(place).mkdir(parents=True, exist_ok=True)
-                write_json(join(place, TRIED), {"format": FORMAT, "number": number, "values": trial.config["values"]})
+                write_json(join(place, TRIED), {"format": FORMAT, "number": number, "values": values})
 
         def on_trial_complete(self, iteration: int, trials: list, trial, **info: Any) -> None:
             if not _known(_place(common, trial), TRIAL):

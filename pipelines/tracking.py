@@ -395,6 +395,7 @@ def _client(uri: str) -> MlflowClient:
     # Before MLflow is imported: no telemetry, no bars of its own, and never a pickled model.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # A quarter of a minute for a server that is away, and not four: a training waits meanwhile.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
