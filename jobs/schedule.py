@@ -44,8 +44,10 @@ def _command(name: str, example: str) -> Callable:
     def decorate(work: Callable[..., dict[str, Any]]) -> click.Command:
         @functools.wraps(work)
         def command(store, as_json, **own):
+            from pipelines.mirror import open_store
+
             with one_sentence(as_json), redirect_stdout(sys.stderr):
-                result = work(Path(store), **own)
+                result = work(open_store(store), **own)
             finish(result, as_json)
 
         command = click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")(command)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import calibration, confusion, error_types
 from pipelines.matching import IOUS, Matches, match
-from pipelines.mirror import name_of
+from pipelines.mirror import check_seen, name_of
 from pipelines.progress import progress
 from pipelines.resample import average_precision, enough_images, image_weights, interval, mean_over_classes
 from pipelines.settings import RunSettings, UserError
@@ -228,6 +228,7 @@ def evaluate(
     """
     import ray
 
+    check_seen(dataset_folder)
     shards = split_shards(dataset_folder, split)
     dataset = read_json(Path(dataset_folder) / "dataset.json")
     categories = dataset["categories"]

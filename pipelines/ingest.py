@@ -27,7 +27,7 @@ from pyarrow.fs import FileInfo, FileType
 from pipelines.alike import SIDE, thumbnail
 from pipelines.coco import CROWD, MAX_FILE_BYTES, CocoFile, image_place, image_record, read_coco, split_train, to_record
 from pipelines.folders import other_layout
-from pipelines.mirror import name_of
+from pipelines.mirror import check_seen, name_of
 from pipelines.progress import console, progress
 from pipelines.settings import DataSettings, RunSettings, UserError, digest
 from pipelines.stage import read_json, write_json
@@ -132,6 +132,7 @@ def ingest(settings: RunSettings, source: Source, folder: Path) -> dict[str, Any
     split.
     """
     folder = Path(folder)
+    check_seen(folder)
     files = dict(source.files)
     if "val" not in files:
         limit = settings.ingest.max_pixels

@@ -20,6 +20,7 @@ from pipelines.storage import Folder, bucket_and_key, is_remote, kind, list_file
 
 FILES, FORMAT = "files.json", 1
 AT_ONCE = 8  # files that are put up or fetched side by side
+ANSWER = 60  # seconds a machine has to say what it sees
 
 
 def open_store(given: str | Path) -> Path:
@@ -122,6 +123,36 @@ def records(store: Path, stage: str) -> list[dict[str, Any]]:
     keys = [file.split("/")[0] for file in list_files(name, recursive=True) if file.count("/") == 1
             and file.endswith("/stage.json")]  # fmt: skip
     return [{**json.loads(there.get(f"{key}/stage.json")), "folder": str(store / stage / key)} for key in keys]
+
+
+def check_seen(*folders: Path | str) -> None:
+    """Raise UserError where a machine of Ray's cluster does not see a local folder that its workers are to use."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    names = [name for name in map(name_of, folders) if not is_remote(name)]
+    here = ray.get_runtime_context().get_node_id()
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    others = [node for node in nodes if node != here]
+    if not names or not others:
+        return
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def lacks() -> list[str]:
+        return [name for name in names if not os.path.isdir(name)]
+
+    asked = [lacks.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)).remote() for n in others]
+    answers, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER)
+    for node, answer in zip(others, asked, strict=True):
+        try:
+            lacking = ray.get(answer) if answer in answers else []
+        except ray.exceptions.RayError:  # it went meanwhile
+            continue
+        if lacking:
+            raise UserError(
+                f"The machine {nodes[node]} of the cluster does not see {lacking[0]}; give a store that all of them "
+                "reach: --store s3://BUCKET/PREFIX, or a folder on a file system that they share.", 2,
+            )  # fmt: skip
 
 
 def _root() -> Path:

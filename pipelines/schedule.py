@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from pydantic import AwareDatetime, Field, ValidationError, field_validator
 
 from detr.config import Settings
+from pipelines.mirror import name_of
 from pipelines.progress import console, duration
 from pipelines.settings import UserError
 from pipelines.stage import read_json, write_json
@@ -413,7 +414,7 @@ def _run_command(
                 return {"skipped": "the schedule was removed or changed before it could go on"}
             outcome["started"], started = clock().isoformat(timespec="seconds"), time.monotonic()
             lock.truncate(0)
-            child = _start_command([*program, *run["command"], "--store", str(store), "--json"], run, log, lock)
+            child = _start_command([*program, *run["command"], "--store", name_of(store), "--json"], run, log, lock)
             lock.write(json.dumps({"pid": child.pid, "started": outcome["started"]}))
         code = child.wait()
     except OSError as error:

@@ -48,7 +48,7 @@ def run_stage(
             if mirrored and not there:  # this machine was stopped before it was put up
                 publish(folder)
             record = json.loads(record_path.read_text(encoding="utf-8"))
-            return {**record, "folder": str(folder), "reused": True}
+            return {**record, "folder": str(folder), "result": _here(record["result"], folder), "reused": True}
         started = time.monotonic()
         result = work(folder)
         record = {
@@ -66,6 +66,15 @@ def run_stage(
         if mirrored:
             publish(folder)
     return {**record, "folder": str(folder), "reused": False}
+
+
+def _here(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A result's paths of files in its folder, which may have been another machine's or have been moved."""
+    key = f"/{folder.parent.name}/{folder.name}/"
+    return {
+        name: str(folder / value.partition(key)[2]) if isinstance(value, str) and key in value else value
+        for name, value in result.items()
+    }
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -40,7 +40,7 @@ from pipelines.detect import Detector
 from pipelines.feed import Arrivals, first_model, open_feed
 from pipelines.fit import fit_to_data
 from pipelines.gate import write_trained_on
-from pipelines.mirror import at_hand, name_of
+from pipelines.mirror import at_hand, check_seen, name_of
 from pipelines.progress import alongside, console
 from pipelines.settings import RunSettings, TrainSettings, UserError, digest, override_settings
 from pipelines.shards import flat_values, read_split
@@ -100,6 +100,7 @@ def train(
         console.print(f"Fitted to the data: {'; '.join(fitted)}.")
     options, use_gpu = settings.train, uses_gpu(settings)
     check_room(settings, use_gpu)
+    check_seen(dataset_folder, folder)
     beside = _validates_beside(settings, use_gpu)
     fs, storage = checkpoint_storage(settings, folder)
     shared = name_of(folder)  # for what workers write, wherever they are

@@ -65,13 +65,16 @@ def test_a_pipeline_outlives_its_nodes_and_needs_no_disk_in_common(shared, tmp_p
     log, mine = tmp_path / "log", tmp_path / "driver"
     try:
         address = nodes.stdout.readline().strip()
-        command = [sys.executable, "-m", "jobs.pipeline", "--store", STORE, "--json", f"cluster.address={address}",
-                   *SMALL, *shared]  # fmt: skip
+        at = f"cluster.address={address}"
+        command = [sys.executable, "-m", "jobs.pipeline", "--store", STORE, "--json", at, *SMALL, *shared]
         # What the driver keeps nobody else sees: a file system of its own, where that is allowed.
         mine.mkdir()
         if os.geteuid() == 0:
-            own = 'mount -t tmpfs none "$DETR_CACHE" && exec "$@"'
-            command = ["unshare", "--mount", "sh", "-c", own, "sh", *command]
+            own = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$DETR_CACHE" && exec "$@"', "sh"]
+            command = [*own, *command]
+            local = [*own, sys.executable, "-m", "jobs.ingest", "--store", str(mine / "store"), at, *SMALL]
+            alone = subprocess.run(local, capture_output=True, text=True, env={**os.environ, "DETR_CACHE": str(mine)})
+            assert alone.returncode == 2 and "does not see" in alone.stderr and "--store s3://" in alone.stderr
         with log.open("wb") as err:
             driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True, start_new_session=True,
                                       env={**os.environ, "DETR_CACHE": str(mine)})  # fmt: skip
