@@ -548,7 +548,7 @@ def _at_once(settings: RunSettings, use_gpu: bool) -> int:
     """
     import ray
 
-    nodes = sum(node["Alive"] for node in ray.nodes())
+    nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes())  # a head may do no work
     room = int(ray.cluster_resources().get("GPU", 0)) if use_gpu else nodes
     room = max(1, room // settings.train.num_workers)
     return min(room, settings.sweep.max_concurrent or room)
