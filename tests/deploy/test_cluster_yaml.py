@@ -10,7 +10,9 @@ import yaml
 from botocore.validate import ParamValidator
 from ray.autoscaler._private.aws.config import _check_ami, _configure_iam_role, _configure_security_group
 from ray.autoscaler._private.docker import docker_start_cmds
+from ray.autoscaler._private.updater import NodeUpdater
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.scripts.scripts import start
 
@@ -109,6 +111,73 @@ def test_containers_ask_for_a_token_and_have_gpus_only_where_these_are(cluster):
         )  # fmt: skip
         assert "--env RAY_AUTH_MODE=token" in command and "/auth_token:/home/ray/.ray/auth_token" in command
         assert ("--gpus all" in command) == (name == "gpu")
+
+
+class OneMachine(NodeProvider):
+    """A head that is there, for Ray's launcher to set up."""
+
+    def __init__(self, config: dict):
+        super().__init__(config, "detr")
+        self.tags = {}
+
+    def node_tags(self, node_id):
+        return dict(self.tags)
+
+    def set_node_tags(self, node_id, tags):
+        self.tags.update(tags)
+
+    def internal_ip(self, node_id):
+        return "10.0.0.5"
+
+    def is_terminated(self, node_id):
+        return False
+
+
+class Shell:
+    """Notes the commands that would be run, and answers as the machine would."""
+
+    def __init__(self):
+        self.seen: list[str] = []
+
+    def check_call(self, command, *others, **more):
+        self.seen.append(" ".join(command))
+
+    def check_output(self, command):
+        self.seen.append(" ".join(command))
+        answers = {"State.Running": b"true" if any("docker run" in c for c in self.seen) else b"",
+                   "Config.Env": b'["HOME=/home/ray"]', "printenv HOME": b"/home/ray"}  # fmt: skip
+        return next((answer for asked, answer in answers.items() if asked in command[-1]), b"")
+
+
+def test_the_launcher_sets_up_a_head_without_showing_the_token(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0123456789token")
+    shell = Shell()
+    monkeypatch.setattr("ray.autoscaler._private.command_runner.run_cmd_redirected",
+                        lambda command, **more: shell.check_call(command))  # fmt: skip
+    updater = NodeUpdater(
+        node_id="i-0abc", provider_config=cluster["provider"], provider=OneMachine(cluster["provider"]),
+        auth_config=cluster["auth"], cluster_name=cluster["cluster_name"], file_mounts=cluster["file_mounts"],
+        initialization_commands=cluster["initialization_commands"], setup_commands=cluster["head_setup_commands"],
+        ray_start_commands=cluster["head_start_ray_commands"], runtime_hash="", file_mounts_contents_hash="",
+        is_head_node=True, node_resources=cluster["available_node_types"]["head"]["resources"], process_runner=shell,
+        docker_config=cluster["docker"], use_internal_ip=True,
+    )  # fmt: skip
+    monkeypatch.setattr(updater.cmd_runner.ssh_command_runner, "ssh_control_path", None)  # a folder in /tmp
+    updater.provider_type = "other"  # AWS's own would look for CloudWatch
+    updater.run()
+
+    def place(words: str) -> int:
+        return next(number for number, command in enumerate(shell.seen) if words in command)
+
+    order = ["rsync", "get-parameter", "docker login", "docker pull", "docker run", "ray start --head"]
+    assert [place(words) for words in order] == sorted(place(words) for words in order)
+    assert f"{tmp_path}/.ray/auth_token ubuntu@i-0abc:" in shell.seen[place("rsync")]
+    assert "/auth_token:/home/ray/.ray/auth_token" in shell.seen[place("docker run")]
+    assert '"CPU":0,"GPU":0' in shell.seen[place("ray start --head")]
+    assert all("ProxyCommand=aws ssm" in command for command in shell.seen)
+    assert not any("0123456789token" in command for command in shell.seen)
 
 
 def test_every_setting_is_explained():
