@@ -169,9 +169,35 @@ def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
+        if settings.cluster.gpus:
+            wait_for_gpus(settings.cluster.gpus, settings.cluster.address == "local")
         yield
     finally:
         ray.shutdown()
+
+
+def wait_for_gpus(count: int, local: bool) -> None:
+    """Have the cluster start machines until it has so many GPUs; UserError on a machine, which cannot get more."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from pipelines.progress import console
+    from pipelines.settings import UserError
+
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if there >= count:
+        return
+    if local:
+        raise UserError(f"cluster.gpus is {count}, and this machine has {there}.", 2)
+    console.print(f"The cluster has {there} of {count} GPUs (cluster.gpus): waiting for machines.")
+    # Places that are asked for go with this process, however it ends. What is asked of the autoscaler itself stays,
+    # and would keep machines that nobody uses.
+    places = placement_group([{"GPU": 1}] * count)
+    try:
+        while not places.wait(5):  # for ever, as machines may be long in coming
+            pass
+    finally:
+        remove_placement_group(places)
 
 
 def read_image(settings, path: Path):

@@ -434,6 +434,9 @@ class WorkflowSettings(Settings):
 class ClusterSettings(Settings):
     address: str = Field("local", description="a Ray cluster's address; 'local' starts Ray here")
     num_cpus: int | None = Field(None, gt=0, description="logical CPUs of a local Ray; by default max(6, cores)")
+    gpus: int | None = Field(
+        None, gt=0, description="wait until the cluster has so many, which has machines started where it starts them"
+    )
 
 
 class RunSettings(Settings):

@@ -50,7 +50,8 @@ def test_a_command_of_ours_is_understood(command):
     if words[0] == "submit":  # what the cluster is to run
         result = CliRunner().invoke(main, [*words[1:], "--print-settings"])
         assert result.exit_code == 0, result.output
-        assert yaml.safe_load(result.stdout)["tracking"]["uri"].startswith("http://")
+        settings = yaml.safe_load(result.stdout)
+        assert settings["tracking"]["uri"].startswith("http://") and settings["cluster"]["gpus"] >= 1
         assert words[words.index("--store") + 1].startswith("s3://")
 
 
