@@ -5,13 +5,16 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 3 a gate refused. Nothing heavy is im
 from __future__ import annotations
 
 import functools
+import importlib
+import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,8 +38,8 @@ def job(example: str, takes_input: bool = False) -> Callable:
             from pipelines.settings import load_settings
 
             if takes_input:
-                own["inputs"] = [w for w in overrides if "=" not in w or "/" in w.split("=")[0] or os.path.exists(w)]
-                overrides = [word for word in overrides if word not in own["inputs"]]
+                own["inputs"] = [word for word in overrides if is_input(word)]
+                overrides = [word for word in overrides if not is_input(word)]
             with one_sentence(as_json):
                 settings = load_settings(config, overrides)
                 if print_settings:
@@ -82,6 +85,40 @@ def open_store(given: str, settings) -> Path:
     return open_store(given)
 
 
+def is_input(word: str) -> bool:
+    """Whether an argument of a command that takes inputs is one, and no KEY=VALUE."""
+    return "=" not in word or "/" in word.split("=")[0] or os.path.exists(word)
+
+
+def check_command(
+    words: Sequence[str], allowed: Sequence[str], verb: str, left_out: Sequence[str], why: str
+) -> tuple[dict[str, Any], click.Context]:
+    """The settings that a command to be run later or elsewhere resolves to, and how click understood its words.
+
+    Raises UserError (exit code 2) for a command that is not among the allowed, that has options to be left out, or
+    options or settings that it lacks. verb: what it would have been, such as "scheduled"; why: why to leave out.
+    """
+    from pipelines.settings import UserError
+
+    name, *rest = words
+    if name not in allowed:
+        raise UserError(f"{name!r} cannot be {verb}; these can: {', '.join(allowed)}.", 2)
+    for word in rest:
+        if word.partition("=")[0] in left_out:
+            raise UserError(f"Leave out {word}: {why}.", 2)
+    command = importlib.import_module(f"jobs.{name}").main
+    printed, said = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(said):
+            context = command.make_context(f"detr {name}", ["--print-settings", "--json", *rest])
+            command.invoke(context)
+    except click.ClickException as error:
+        raise UserError(f"detr {name}: {error.format_message()}", 2) from error
+    except SystemExit as error:
+        raise UserError(said.getvalue().strip(), 2) from error
+    return json.loads(printed.getvalue()), context
+
+
 @contextmanager
 def one_sentence(as_json: bool) -> Iterator[None]:
     """What a user can mend, what MLflow could not do, and Ctrl-C end the command with one sentence and an exit code."""
@@ -107,10 +144,9 @@ def one_sentence(as_json: bool) -> Iterator[None]:
 def finish(result: dict[str, Any], as_json: bool) -> NoReturn:
     """Print a command's result and leave with its exit code."""
     code = result.pop("exit_code", DONE)
-    text = result.pop("text", None)
     if as_json:
         click.echo(json.dumps({"exit_code": code, **result}, default=str))
-    elif text:
+    elif text := result.get("text"):
         click.echo(text)
     sys.stdout.flush()
     sys.exit(code)
@@ -198,6 +234,15 @@ def wait_for_gpus(count: int, local: bool) -> None:
             pass
     finally:
         remove_placement_group(places)
+
+
+def table_text(table: Any) -> str:
+    """A table of rich as text, as wide as the terminal."""
+    from rich.console import Console
+
+    page = Console(file=io.StringIO(), markup=False, width=shutil.get_terminal_size((160, 24)).columns)
+    page.print(table)
+    return page.file.getvalue().rstrip()
 
 
 def read_image(settings, path: Path):

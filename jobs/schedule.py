@@ -2,22 +2,19 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import io
 import os
 import shlex
-import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from jobs.common import DONE, FAILED, GATE_REFUSED, INTERRUPTED, finish, one_sentence
+from jobs.common import DONE, FAILED, GATE_REFUSED, INTERRUPTED, check_command, finish, one_sentence, table_text
 
 SCHEDULABLE = ("pipeline", "sweep", "train", "evaluate", "predict", "ingest", "report")
 # Given by the scheduler itself, or no run at all.
@@ -74,7 +71,8 @@ def add(store: Path, name: str, cron: str, words: tuple[str, ...], timezone: str
     """
     from pipelines.schedule import add, next_time
 
-    check_command(words)
+    why = "a scheduled command runs in the schedule's store, with --json"
+    check_command(words, SCHEDULABLE, "scheduled", NOT_IN_COMMANDS, why)
     made = add(store, name, cron, words, Path.cwd(), timezone, missed)
     at = next_time(made, datetime.now(UTC))
     text = f"{name} runs `detr {shlex.join(made.command)}`, next at {at:%Y-%m-%d %H:%M %Z}."
@@ -103,7 +101,7 @@ def show_list(store: Path) -> dict:
         table.add_row(schedule.name, cron, when, last, shlex.join(schedule.command))
         last = {"last": {**entries[0], "text": describe(entries[0], running)}} if entries else {}
         shown.append({**schedule.model_dump(mode="json"), "next": at and at.isoformat(), **last})
-    text = _text(table) if shown else "There are no schedules; `detr schedule add` makes one."
+    text = table_text(table) if shown else "There are no schedules; `detr schedule add` makes one."
     text += "" if not shown else _without_scheduler(store)
     return {"schedules": shown, "scheduler_runs": running, "text": text}
 
@@ -185,7 +183,7 @@ def history(store: Path, name: str | None) -> dict:
         by_hand = " by hand" if entry["asked"] else ""
         table.add_row(entry["schedule"], _utc(entry["time"]) + by_hand, _utc(entry.get("started")),
                       describe(entry, running), os.path.relpath(entry["log"]) if "log" in entry else "")  # fmt: skip
-    text = _text(table) if entries else "Nothing ran yet."
+    text = table_text(table) if entries else "Nothing ran yet."
     if len(entries) > SHOWN:
         text += f"\nThe last {SHOWN} of {len(entries)}; --json prints all."
     return {"history": [{**e, "text": describe(e, running)} for e in entries], "text": text}
@@ -204,28 +202,6 @@ def start(store: Path, once: bool) -> dict:
     codes = {entry["exit_code"] for entry in ended if entry["state"] == "ended"}
     code = FAILED if codes - {DONE, GATE_REFUSED} else max(codes, default=DONE)
     return {"exit_code": code, "runs": ended}
-
-
-def check_command(words: Sequence[str]) -> None:
-    """Raise UserError (exit code 2) for a command that cannot be scheduled, or with options or settings it lacks."""
-    from pipelines.settings import UserError
-
-    name, *rest = words
-    if name not in SCHEDULABLE:
-        raise UserError(f"{name!r} cannot be scheduled; these can: {', '.join(SCHEDULABLE)}.", 2)
-    for word in rest:
-        if word.partition("=")[0] in NOT_IN_COMMANDS:
-            raise UserError(f"Leave out {word}: a scheduled command runs in the schedule's store, with --json.", 2)
-    command = importlib.import_module(f"jobs.{name}").main
-    said = io.StringIO()
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(said):
-            command.main([*rest, "--print-settings"], prog_name=f"detr {name}", standalone_mode=False)
-    except click.ClickException as error:
-        raise UserError(f"detr {name}: {error.format_message()}", 2) from error
-    except SystemExit as error:
-        if error.code:
-            raise UserError(said.getvalue().strip(), 2) from error
 
 
 def _serve(store: Path, once: bool, only: str | None = None) -> list[dict[str, Any]]:
@@ -252,14 +228,6 @@ def _without_scheduler(store: Path) -> str:
 
 def _utc(time: str | None) -> str:
     return f"{datetime.fromisoformat(time).astimezone(UTC):%Y-%m-%d %H:%M:%S}" if time else ""
-
-
-def _text(table: Any) -> str:
-    from rich.console import Console
-
-    page = Console(file=io.StringIO(), markup=False, width=shutil.get_terminal_size((160, 24)).columns)
-    page.print(table)
-    return page.file.getvalue().rstrip()
 
 
 if __name__ == "__main__":

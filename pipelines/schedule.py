@@ -29,8 +29,8 @@ from pydantic import AwareDatetime, Field, ValidationError, field_validator
 from detr.config import Settings
 from pipelines.mirror import name_of
 from pipelines.progress import console, duration
-from pipelines.settings import UserError
-from pipelines.stage import read_json, write_json
+from pipelines.settings import UserError, refuse_password
+from pipelines.stage import printed_result, read_json, write_json
 
 FORMAT = 1
 APPLICATION_VERSION = "1"  # raised when the workflow's steps change
@@ -165,13 +165,7 @@ def add(
     missed: str = "once",
 ) -> Schedule:  # fmt: skip
     """Keep a schedule, or find the same one; UserError (exit code 2) for a wrong time or a name that is taken."""
-    secret = next((word for word in command if re.search(r"://[^/@\s]*:[^@\s]+@", word)), None)
-    if secret is not None:
-        raise UserError(
-            f"{re.sub(r'://.*@', '://...@', secret)} holds a password, which would be kept and shown; give it in the "
-            "scheduler's environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD) instead.", 2,
-        )  # fmt: skip
+    refuse_password(command, "the scheduler's")
     try:
         made = Schedule(name=name, cron=cron, timezone=timezone, command=tuple(command), folder=str(folder),
                         missed=missed, since=_now())  # fmt: skip
@@ -500,11 +494,7 @@ def _printed(path: Path) -> Record | None:
     if not path.is_file():
         return None
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    try:
-        value = json.loads(lines[-1]) if lines else None
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) and isinstance(value.get("exit_code"), int) else None
+    return printed_result(lines[-1]) if lines else None
 
 
 def _entry(status: Any) -> Record:

@@ -550,6 +550,17 @@ def validate_settings(values: dict[str, Any], where: str = "the settings") -> Ru
         raise UserError(f"Setting {key!r} in {where}: {first['msg'].removeprefix('Value error, ')}.", 2) from error
 
 
+def refuse_password(words: Iterable[str], whose: str) -> None:
+    """Raise UserError (exit code 2) for a word of a command that holds a password; whose: environment to keep it in."""
+    for word in words:
+        if re.search(r"://[^/@\s]*:[^@\s]+@", word):
+            raise UserError(
+                f"{re.sub(r'://.*@', '://...@', word)} holds a password, which would be kept and shown; give it in "
+                f"{whose} environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD) instead.", 2,
+            )  # fmt: skip
+
+
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """values['a']['b'] = value for key 'a.b', making the groups on the way."""
     *groups, last = key.split(".")

@@ -98,3 +98,13 @@ def read_json(path: Path | str) -> Any:
             raise FileNotFoundError(path)
         return json.loads(data)
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def printed_result(line: str) -> dict[str, Any] | None:
+    """The result that a command with --json printed as this line, perhaps behind a piece of its log; or None."""
+    start = line.find('{"exit_code": ')
+    try:
+        value = json.loads(line[start:]) if start >= 0 else None
+    except ValueError:
+        return None
+    return value if value is not None and isinstance(value["exit_code"], int) else None
