@@ -24,6 +24,8 @@ COMMANDS = {
     "export": "Write a model as torch.export and ONNX files, checked against the model.",
     "report": "Write the page about the last training.",
     "schedule": "Run pipelines, sweeps and other commands on cron times.",
+    "submit": "Run a command on a Ray cluster, as one of its jobs.",
+    "jobs": "Show, follow and cancel the commands that run on a Ray cluster.",
 }
 
 

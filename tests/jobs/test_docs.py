@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from jobs_api import JobsApi
 
 from jobs.cli import main
+from jobs.jobs import main as jobs_group
 from jobs.schedule import main as group
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +33,14 @@ def is_about_schedules(command: str) -> bool:
     return command.startswith("detr schedule ")
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("detr ") and not is_about_schedules(c)])
+def is_on_a_cluster(command: str) -> bool:
+    return command.startswith(("detr submit ", "detr jobs "))
+
+
+RUN_HERE = [c for c in commands() if c.startswith("detr ") and not (is_about_schedules(c) or is_on_a_cluster(c))]
+
+
+@pytest.mark.parametrize("command", RUN_HERE)
 def test_a_documented_command_is_understood(command, tmp_path, monkeypatch):
     arguments = [a for a in shlex.split(command)[1:] if a != "--print-settings"]
     if "--config" in arguments:
@@ -53,6 +62,21 @@ def test_the_documented_schedules_can_be_made_and_asked_for(tmp_path, monkeypatc
         here = ["--help"] if arguments[1] in ("start", "run") else []  # these run what was scheduled
         result = CliRunner().invoke(main, [*arguments, *here])
         assert result.exit_code == 0, result.output
+
+
+def test_the_documented_commands_for_a_cluster_are_understood(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    asked = [shlex.split(c)[1:] for c in commands() if is_on_a_cluster(c)]
+    assert {words[1] for words in asked if words[0] == "jobs"} == set(jobs_group.commands)
+    with JobsApi(ends=True) as api:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", api.address)
+        for words in asked:
+            for word in words:
+                if re.fullmatch(r"detr-\w+-[0-9a-f]{16}", word):
+                    api.add(word, "SUCCEEDED", code=0)
+            result = CliRunner().invoke(main, words)
+            assert result.exit_code == 0, result.output
+        assert any(words[0] == "submit" for words in asked)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
