@@ -192,8 +192,17 @@ def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(f"Ray's token is not here: {str(error).partition('. ')[0]}.") from error
     except ConnectionError as error:
-        raise UserError(f"There is no Ray cluster at {settings.cluster.address}: {error}") from error
+        raise UserError(
+            f"There is no Ray cluster at {settings.cluster.address} ({error}); one that asks for a token wants "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH in the environment."
+        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith("Version mismatch"):
+            raise
+        raise UserError(f"This Python is not the cluster's: {' '.join(str(error).split())}") from error
     import ray.data
     import ray.train
     import ray.tune

@@ -42,6 +42,7 @@ CONFIG, REQUIREMENTS = "settings.yaml", "requirements.txt"  # beside them
 MARK = "detr_command"  # a job's metadata: it is ours, and what it runs
 WITHOUT_ADDRESS = "http://127.0.0.1:8265"
 ANSWER = (10, 60)  # seconds to connect, and to wait for an answer
+DIRECTLY = {"http": None, "https": None, "all": None}  # whatever proxy the environment names
 PATIENCE = 60  # seconds in which a cluster that starts is asked again
 QUIET = 300  # seconds without a line after which the log is asked for anew: a lost connection says nothing
 STOP_SECONDS = 60  # a cancelled command has so long to end cleanly, as one of a stopped schedule
@@ -73,19 +74,22 @@ class Client(JobSubmissionClient):
     def __init__(self, address: str):
         """Ask whether there is a cluster at an `api_address`. Raises Away, or UserError (exit code 2)."""
         self.place = address
+        self.proxies = DIRECTLY if _is_loopback(urlsplit(address).hostname) else None
         for name in CHATTY:
             logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray takes it, or RAY_ADDRESS, instead of an argument
         try:
             # Ray sends a token only where RAY_AUTH_MODE says so, which a laptop's environment need not.
             super().__init__(address, headers=_token(), verify=os.environ.get("REQUESTS_CA_BUNDLE") or True)
+        except FileNotFoundError as error:  # of REQUESTS_CA_BUNDLE
+            raise UserError(f"{error}", 2) from error
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             said = str(error).splitlines()[0] if isinstance(error, RuntimeError) else "no such answer"
             raise UserError(f"{address} is not the dashboard of a Ray cluster that takes jobs ({said}).", 2) from error
 
     def _do_request(self, method: str, endpoint: str, **more: Any) -> requests.Response:
         try:
-            answer = super()._do_request(method, endpoint, timeout=ANSWER, **more)
+            answer = super()._do_request(method, endpoint, timeout=ANSWER, proxies=self.proxies, **more)
         except AuthenticationError as error:
             had = bool(_token())
             raise UserError(

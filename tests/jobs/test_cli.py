@@ -17,10 +17,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from PIL import Image
+from ray.exceptions import AuthenticationError
 
 from jobs.cli import COMMANDS, main
 from jobs.common import job, ray_session
-from pipelines.settings import RunSettings, UserError
+from pipelines.settings import RunSettings, UserError, load_settings
 
 HEAVY = ("torch", "ray", "mlflow", "sklearn", "pyarrow", "pandas", "matplotlib", "dbos", "pydantic")
 
@@ -167,6 +168,25 @@ def test_ray_has_the_cpus_that_a_container_leaves(monkeypatch):
     with pytest.raises(UserError, match="no Ray cluster"), ray_session(RunSettings()):
         pass
     assert options["num_cpus"] == 40
+
+
+@pytest.mark.parametrize(
+    ("raised", "word"),
+    [
+        (ConnectionError("Failed to connect"), "no Ray cluster at auto (Failed to connect)"),
+        (AuthenticationError("The file is empty. Note: much more"), "not here: The file is empty"),
+        (RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0"), "started with: Ray: 2.59.0"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_sentence(raised, word, monkeypatch):
+    def init(**given):
+        raise raised
+
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(UserError) as said, ray_session(load_settings(None, ["cluster.address=auto"])):
+        pass
+    assert word in str(said.value) and "\n" not in str(said.value)
 
 
 def test_errors_are_json_where_json_was_asked_for(tmp_path):

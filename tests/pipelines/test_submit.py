@@ -293,7 +293,9 @@ def test_where_the_address_comes_from(monkeypatch):
 
 
 def test_the_address_given_is_the_one_that_is_asked(api, monkeypatch):
-    """Ray's own client would take these instead."""
+    """Ray's own client would take these instead, and a proxy would be told the token."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     assert detr("jobs", "list", "--address", api.address).exit_code == 0
@@ -360,8 +362,15 @@ def test_a_token_file_that_is_not_there(monkeypatch, api):
     assert result.exit_code == 2 and "/nowhere/token" in sentence(result)
 
 
-def in_a_while(work) -> threading.Thread:
-    thread = threading.Timer(0.5, work)
+def once(is_so, work) -> threading.Thread:
+    """Do it as soon as that is so, while the test goes on."""
+
+    def wait() -> None:
+        while not is_so():
+            time.sleep(0.02)
+        work()
+
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
 
@@ -370,7 +379,8 @@ def test_a_job_is_followed_to_its_end(api):
     job_id = id_of(*TRAIN)
     api.jobs[job_id]["log"] = "Running entrypoint\nepoch 1\n"
     api.drops = 2  # the connection is lost; no line is lost or said twice
-    ending = in_a_while(lambda: api.end(job_id, "SUCCEEDED", f"epoch 2: {'long ' * 50}\nhalf a line {RESULT}bye", 0))
+    more = f"epoch 2: {'long ' * 50}\nhalf a line {RESULT}bye"
+    ending = once(lambda: not api.drops, lambda: api.end(job_id, "SUCCEEDED", more, 0))
     result = detr("submit", "--json", *TRAIN)
     ending.join()
     assert result.exit_code == 0
@@ -425,7 +435,7 @@ def test_ctrl_c_leaves_the_job_running(api):
 def test_a_head_that_was_started_anew_has_forgotten_the_job(api):
     api.add("detr-x", log="epoch 1\n")
     api.drops = 1000
-    forgetting = in_a_while(api.jobs.clear)
+    forgetting = once(lambda: api.drops < 1000, api.jobs.clear)
     result = detr("jobs", "follow", "detr-x")
     forgetting.join()
     assert result.exit_code == 1 and "started anew" in result.stderr.splitlines()[-1]
@@ -438,7 +448,7 @@ def test_a_cluster_that_goes_away_while_a_job_is_followed(monkeypatch):
         client = submitting.Client(api.address)
         shown: list[str] = []
         followed = ThreadPoolExecutor().submit(submitting.follow, client, "detr-x", shown.append)
-        while not shown:
+        while not (shown or followed.done()):
             time.sleep(0.05)
     with pytest.raises(submitting.Away, match="does not answer"):
         followed.result(30)
