@@ -48,7 +48,7 @@ class RayHead:
                 ],
                 env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not self._asks_for_a_token():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 said = (self.folder / "head.log").read_text()

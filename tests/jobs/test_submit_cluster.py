@@ -69,11 +69,13 @@ def wait_for(process: subprocess.Popen, word: str) -> list[str]:
 
 def test_a_command_runs_once_whoever_follows_it(start, detr, store, head):
     words = ("ingest", "--store", store, *SAMPLE)
-    first = start("submit", *words)
+    first, second = start("submit", *words), start("submit", "--json", *words)  # at the same moment
     job_id = re.search(r"detr-ingest-\w+", wait_for(first, "Running entrypoint")[0])[0]
     first.send_signal(signal.SIGKILL)
     first.communicate()
     code, made, said = detr("submit", *words)
+    out, _ = second.communicate(timeout=60)
+    assert json.loads(out) | {"how": "attached"} == made and second.returncode == 0
     assert code == 0, said
     assert (made["submission_id"], made["how"], made["state"]) == (job_id, "attached", "SUCCEEDED")
     assert made["result"]["images"] == {"train": 8, "val": 4}
