@@ -18,7 +18,8 @@ SUBMITTABLE = (
 )  # fmt: skip
 NOT_IN_COMMANDS = ("--json", "--print-settings", "--help", "--show")
 # Settings that are a path or a URI; data.images and the like are relative to data.path.
-PLACES = ("data.path", "train.storage", "train.init_from", "train.backbone_weights", "tracking.uri")
+PLACES = ("data.path", "train.storage", "train.init_from", "train.backbone_weights", "tracking.uri",
+          "workflow.database")
 NO_PLACE = ("imagenet",)
 PLACE_WORDS = ("FOLDER", "FILE", "INPUT", "IMAGES")  # how options say that they take a path
 
