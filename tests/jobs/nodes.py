@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
 
@@ -34,7 +34,11 @@ def main(folder: str) -> None:
 
     def runs(node, name: str) -> bool:
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        return any(name in " ".join(child.cmdline()) for child in raylet.children(recursive=True))
+        for child in raylet.children(recursive=True):
+            with suppress(psutil.Error):  # it ended meanwhile
+                if name in " ".join(child.cmdline()):
+                    return True
+        return False
 
     nodes = [add(), add()]
     print(cluster.address, flush=True)
