@@ -8,18 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from pyarrow.fs import FileType
 
+from pipelines.progress import console
 from pipelines.settings import UserError, digest
 from pipelines.storage import Folder, bucket_and_key, is_remote, kind, list_files
 
 FILES, FORMAT = "files.json", 1
-AT_ONCE = 8  # files that are put up or fetched side by side
+WORKING = "working.json"  # who works on a folder
+BEAT, SILENT = 20.0, 90.0  # seconds between two signs of life, and after which who gave none is taken for dead
+AT_ONCE = 4  # files that are put up or fetched side by side
 ANSWER = 60  # seconds a machine has to say what it sees
 
 
@@ -109,6 +117,52 @@ def publish(folder: Path) -> None:
     listed = json.dumps({"format": FORMAT, "files": files}, indent=1).encode()
     there.put(FILES, listed)
     _write(folder / FILES, listed)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While the block runs, no other machine works on a mirror's folder; waits for one that does, unless it is dead.
+
+    Clocks are not compared: who is silent for so long by the clock of who waits is dead. On a store that cannot create
+    a file but once, two who begin within a second may both go on.
+    """
+    there, mine, stop = Folder(name_of(folder)), f"{socket.gethostname()} {folder}", threading.Event()
+
+    def sign(number: int) -> bytes:
+        return json.dumps({"format": FORMAT, "who": mine, "pid": os.getpid(), "sign": number}).encode()
+
+    said, seen, since = False, None, time.monotonic()
+    while True:
+        found = there.get(WORKING)
+        if found is None and there.create(WORKING, sign(0)):
+            break
+        who = json.loads(found)["who"] if found else None
+        if found != seen:
+            seen, since = found, time.monotonic()
+        if who == mine or (who and time.monotonic() - since > SILENT):  # of mine, this process holds the lock
+            there.put(WORKING, sign(0))
+            break
+        if who and not said:
+            said = True
+            console.print(f"{who.split()[0]} works on {there.uri}; waiting for it.", soft_wrap=True)
+        time.sleep(BEAT / 4)
+
+    def live() -> None:
+        number = 0
+        while not stop.wait(BEAT):
+            number += 1
+            with suppress(UserError):  # a store that is away; the work itself says so where it matters
+                there.put(WORKING, sign(number))
+
+    beats = threading.Thread(target=live, daemon=True)
+    beats.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beats.join()
+        with suppress(UserError):
+            there.delete(WORKING)
 
 
 def records(store: Path, stage: str) -> list[dict[str, Any]]:

@@ -9,13 +9,14 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from pipelines.mirror import fetch, name_of, publish
+from pipelines.mirror import alone, fetch, name_of, publish
 from pipelines.settings import digest
 from pipelines.storage import Folder, is_remote
 
@@ -42,8 +43,11 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     record_path = folder / "stage.json"
     mirrored = is_remote(name_of(folder))
-    with FileLock(str(folder / ".lock")):
+    with FileLock(str(folder / ".lock")), ExitStack() as ends:
         there = mirrored and fetch(folder)  # it may have been done elsewhere
+        if mirrored and not there:
+            ends.enter_context(alone(folder))
+            there = fetch(folder)  # or is by now
         if record_path.is_file():
             if mirrored and not there:  # this machine was stopped before it was put up
                 publish(folder)

@@ -4,8 +4,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,6 +90,51 @@ def test_a_machine_that_died_before_its_result_was_there_puts_it_up_at_the_next_
     assert records(store, "train") == []
     assert run_stage(store, "train", 1, {}, {}, work(done))["reused"]
     assert run_stage(machine("b"), "train", 1, {}, {}, work(done))["reused"] and len(done) == 1
+
+
+def test_two_machines_do_not_work_on_one_stage_at_once(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr("pipelines.mirror.BEAT", 0.4)
+    done, began, go_on, store = [], threading.Event(), threading.Event(), machine("a")
+
+    def slowly(folder: Path) -> dict:
+        began.set()
+        assert go_on.wait(100)
+        return work(done)(folder)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(run_stage, store, "train", 1, {}, {}, slowly)
+        assert began.wait(30)
+        code = "from pipelines.mirror import open_store; from pipelines.stage import run_stage; import sys;"
+        code += "print(run_stage(open_store(sys.argv[1]), 'train', 1, {}, {}, lambda folder: 1 / 0)['reused'])"
+        command = [sys.executable, "-c", code, f"s3://team/{tmp_path.name}"]
+        env = {**os.environ, "DETR_CACHE": str(tmp_path / "b")}
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        assert second.stderr.readline().endswith("waiting for it.\n")
+        go_on.set()
+        out, err = second.communicate(timeout=100)
+        assert out.strip() == "True", err
+    assert len(done) == 1 and not first.result()["reused"]
+
+
+def test_the_work_of_a_machine_that_is_silent_is_taken_over_and_ones_own_at_once(machine, monkeypatch):
+    monkeypatch.setattr("pipelines.mirror.BEAT", 0.4)
+    monkeypatch.setattr("pipelines.mirror.SILENT", 1.0)
+    done = []
+    for name, least in (("a", 0.0), ("b", 1.0)):
+        place = machine("a")
+        key = run_stage(place, "other", 1, {"name": name}, {}, work([]))["key"]  # the folder's name
+        here = place / "other" / key
+        other = Folder(name_of(here))
+        for file in ("files.json", "stage.json"):
+            other.delete(file)
+        shutil.rmtree(here)
+        dead = {"format": 1, "who": f"{socket.gethostname()} {here}", "pid": 0, "sign": 7}
+        other.put("working.json", json.dumps(dead).encode())
+        began = time.monotonic()
+        assert not run_stage(machine(name), "other", 1, {"name": name}, {}, work(done))["reused"]
+        assert time.monotonic() - began > least
+        assert other.get("working.json") is None
+    assert len(done) == 2
 
 
 def test_what_is_not_as_it_was_written_is_said_and_not_taken(machine):
