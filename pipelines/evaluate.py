@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import calibration, confusion, error_types
 from pipelines.matching import IOUS, Matches, match
+from pipelines.metrics import count_images, took
 from pipelines.mirror import check_seen, name_of
 from pipelines.progress import progress
 from pipelines.resample import average_precision, enough_images, image_weights, interval, mean_over_classes
@@ -344,6 +345,8 @@ class DetectShard:
     def __call__(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         rows = detect_rows(self.detector, batch, self.max_pixels)
+        took("evaluate", time.monotonic() - started)
+        count_images("evaluate", rows.num_rows)
         seconds = (time.monotonic() - started) / rows.num_rows
         rows = rows.append_column("seconds", pa.array([seconds] * rows.num_rows, pa.float64()))
         return rows.append_column("actor", pa.array([self.name] * rows.num_rows, pa.string()))

@@ -27,6 +27,7 @@ from pyarrow.fs import FileInfo, FileType
 from pipelines.alike import SIDE, thumbnail
 from pipelines.coco import CROWD, MAX_FILE_BYTES, CocoFile, image_place, image_record, read_coco, split_train, to_record
 from pipelines.folders import other_layout
+from pipelines.metrics import count_images
 from pipelines.mirror import check_seen, name_of
 from pipelines.progress import console, progress
 from pipelines.settings import DataSettings, RunSettings, UserError, digest
@@ -327,6 +328,7 @@ def _run(shards: list[tuple[str, str, int]], place: Folder) -> list[dict]:
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         result = write_shard_to(target, read_json(join(target, f"plans/{row['plan']}")))
+        count_images("ingest", result["rows"], len(result["rejects"]))
         return {"number": row["number"], "result": json.dumps(result)}
 
     # Results travel as text: what Arrow does not know, Ray Data would pickle.

@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from pipelines.evaluate import pack, places, unpacked
 from pipelines.listing import Listing, find_images
+from pipelines.metrics import count_images, took
 from pipelines.plan import (
     DETECTIONS,
     Done,
@@ -247,6 +248,7 @@ def read_shard(
         for shape in sorted(waiting):
             yield _pixels(shard, shape, waiting[shape])
             sent += 1
+        count_images("read", 0, sum(reason != "ok" for reason in status))
         widths, heights = zip(*sizes, strict=True)
         yield _row(BATCHES, shard=shard, batches=sent, status=status, widths=widths, heights=heights)
 
@@ -287,11 +289,14 @@ class DetectBatches:
         passed = {name: known[name] for name in FOUND.names if name in known}
         if known["batches"] is not None:
             return _row(FOUND, **passed)
+        began = time.monotonic()
         pixels = np.frombuffer(row["pixels"][0].as_buffer(), np.uint8).reshape(-1, 3, *known["shape"]).copy()
         found = self.detector.detect_batch(
             torch.from_numpy(pixels), torch.tensor(known["sizes"]),
             torch.tensor([[height, width] for _, _, width, height in known["part"]]), self.least,
         )  # fmt: skip
+        count_images("predict", len(found))
+        took("predict", time.monotonic() - began)
         return _row(
             FOUND, **passed, counts=[len(one["scores"]) for one in found],
             **{key: np.concatenate([one[key] for one in found]).ravel() for key in ("boxes", "scores", "labels")},
@@ -559,6 +564,7 @@ def _fetchers() -> ThreadPoolExecutor:
 
 def _pixels(shard: int, shape: tuple[int, int], items: list[tuple[int, tuple, Any]]) -> pa.Table:
     """A row of BATCHES: (image, part, uint8 [3, h, w]) of one padded shape."""
+    count_images("read", len(items))
     batch = np.zeros((len(items), 3, *shape), np.uint8)
     for slot, (_, _, pixels) in zip(batch, items, strict=True):
         slot[:, : pixels.shape[1], : pixels.shape[2]] = pixels

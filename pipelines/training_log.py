@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.feed import Feed
+from pipelines.metrics import count_images, took
 from pipelines.progress import console, duration, progress
 from pipelines.settings import UserError
 from pipelines.storage import Folder, is_remote
@@ -119,6 +120,9 @@ class TrainingLog:
         means = {name: sum(mine.get(name, 0.0) for mine in everyone) / len(everyone) for name in names}
         rate = images * self.count / (time.monotonic() - self.since)
         self.rates.append(rate)
+        if self.active:  # for all workers
+            count_images("train", images * self.count)
+            took("train", (time.monotonic() - self.since) / self.count)
         shown = {k: round(v, 5) for k, v in means.items() if k in ("loss", "loss_ce", "loss_bbox", "loss_giou")}
         memory = {}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
