@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -179,19 +180,24 @@ def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
     import logging
 
     import ray
-    from joblib import cpu_count  # of what a container or an affinity leaves
 
     from pipelines.settings import UserError
 
     options: dict[str, Any] = {"address": settings.cluster.address}
+    environment: dict[str, str] = {}
     if settings.cluster.address == "local":
-        # A resumed Ray Data job starves with few CPUs, so there are at least six logical ones.
-        cpus = settings.cluster.num_cpus or max(6, cpu_count())
-        options |= {"num_cpus": cpus, "include_dashboard": dashboard}
+        # Ray's processes ask the State API whether a training's controller lives, and free the places of its workers
+        # if not. Untold, they ask whichever Ray the machine's current-cluster file names, or none where several run.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+        options |= {"num_cpus": settings.cluster.local_cpus(), "include_dashboard": dashboard, "dashboard_port": port}
         # Nobody takes this machine back, and every process of Ray's takes a hundredth of a core.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
+        with _environment(environment):  # which its processes inherit
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
     except ray.exceptions.AuthenticationError as error:
         raise UserError(f"Ray's token is not here: {str(error).partition('. ')[0]}.") from error
     except ConnectionError as error:
@@ -252,6 +258,20 @@ def table_text(table: Any) -> str:
     page = Console(file=io.StringIO(), markup=False, width=shutil.get_terminal_size((160, 24)).columns)
     page.print(table)
     return page.file.getvalue().rstrip()
+
+
+@contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def read_image(settings, path: Path):

@@ -438,6 +438,12 @@ class ClusterSettings(Settings):
         None, gt=0, description="wait until the cluster has so many, which has machines started where it starts them"
     )
 
+    def local_cpus(self) -> int:
+        """Logical CPUs of a Ray that starts here: at least six, since a resumed Ray Data job starves with few."""
+        from joblib import cpu_count  # of what a container or an affinity leaves
+
+        return self.num_cpus or max(6, cpu_count())
+
 
 class RunSettings(Settings):
     """All settings of a run."""
