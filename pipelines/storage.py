@@ -334,12 +334,13 @@ class Folder:
 
     Names are relative, with forward slashes; those of files begin with no dot. Where a file cannot be read or
     written a UserError says so: exit code 2 where access is denied or there is no such bucket, 1 where the store does
-    not answer or the disk is full.
+    not answer or the disk is full. attempts: how often S3 is tried, waiting ever longer.
     """
 
-    def __init__(self, uri: str | Path):
+    def __init__(self, uri: str | Path, attempts: int = WORKING):
         bucket, path = bucket_and_key(uri)
         self.uri = path if bucket is None else f"s3://{bucket}/{path}".rstrip("/")
+        self.attempts = attempts
 
     def place(self, name: str) -> str:
         """The URI of a file, or its local path."""
@@ -354,7 +355,7 @@ class Folder:
                 except FileNotFoundError:
                     return None
             try:
-                return patiently(lambda: s3_client(1).get_object(**self._address(name))["Body"].read())
+                return patiently(lambda: s3_client(1).get_object(**self._address(name))["Body"].read(), self.attempts)
             except ClientError as error:
                 if not is_missing(error):
                     raise
@@ -364,7 +365,7 @@ class Folder:
         """Write a file, which others see whole or as it was."""
         with self._said(name, "written"):
             if is_remote(self.uri):
-                patiently(lambda: s3_client(1).put_object(**self._address(name), Body=data))
+                patiently(lambda: s3_client(1).put_object(**self._address(name), Body=data), self.attempts)
                 return
             with self._part(name, data) as part:
                 os.replace(part, self.place(name))
@@ -392,7 +393,8 @@ class Folder:
             address, above = self._address(prefix), len(self._address("")["Key"])
             found, page = [], {}
             while page.get("IsTruncated", True):
-                page = list_page(address["Bucket"], address["Key"], page.get("NextContinuationToken"), "/")
+                token = page.get("NextContinuationToken")
+                page = list_page(address["Bucket"], address["Key"], token, "/", self.attempts)
                 found += [entry["Key"][above:] for entry in page.get("Contents", ())]
             return sorted(found)
 
@@ -400,7 +402,7 @@ class Folder:
         """Remove a file, if there is one."""
         with self._said(name, "deleted"):
             if is_remote(self.uri):
-                patiently(lambda: s3_client(1).delete_object(**self._address(name)))
+                patiently(lambda: s3_client(1).delete_object(**self._address(name)), self.attempts)
             else:
                 Path(self.place(name)).unlink(missing_ok=True)
 
@@ -454,7 +456,7 @@ class Folder:
     def _create_object(self, name: str, data: bytes) -> bool:
         address = self._address(name)
         try:
-            patiently(lambda: s3_client(1).put_object(**address, Body=data, IfNoneMatch="*"))
+            patiently(lambda: s3_client(1).put_object(**address, Body=data, IfNoneMatch="*"), self.attempts)
             return True
         except ClientError as error:
             if _status(error) in (409, 412):
@@ -463,12 +465,12 @@ class Folder:
                 raise
         # A store that does not know the condition. Two may write at once then, each the whole file.
         try:
-            patiently(lambda: s3_client(1).head_object(**address))
+            patiently(lambda: s3_client(1).head_object(**address), self.attempts)
             return False
         except ClientError as error:
             if not is_missing(error):
                 raise
-        patiently(lambda: s3_client(1).put_object(**address, Body=data))
+        patiently(lambda: s3_client(1).put_object(**address, Body=data), self.attempts)
         return True
 
 
