@@ -26,6 +26,7 @@ COMMANDS = {
     "schedule": "Run pipelines, sweeps and other commands on cron times.",
     "submit": "Run a command on a Ray cluster, as one of its jobs.",
     "jobs": "Show, follow and cancel the commands that run on a Ray cluster.",
+    "doctor": "Look at what a run would use before it starts, and say what would hurt.",
 }
 
 
