@@ -25,12 +25,13 @@ DONE, FAILED, WRONG_USE, GATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 KEEP_BLOCKS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 26)}
 
 
-def job(example: str, takes_input: bool = False) -> Callable:
+def job(example: str, takes_input: bool = False, opens_store: bool = True) -> Callable:
     """Make a command of `work(settings, store, **own options) -> result`, with the shared options and exit codes.
 
     takes_input: an argument that is no KEY=VALUE, or names a file, goes to work as `inputs`; one with a slash before
     its first "=" is a path or URI, as s3://bucket/day=1. work returns a JSON-like dict; its "exit_code", if any, is
-    the command's, and its "text", if any, is what is printed for people.
+    the command's, and its "text", if any, is what is printed for people. opens_store: store is a folder, of a store on
+    S3 its mirror; else it is what was given.
     """
 
     def decorate(work: Callable[..., dict[str, Any]]) -> click.Command:
@@ -50,7 +51,7 @@ def job(example: str, takes_input: bool = False) -> Callable:
                     click.echo(json.dumps(values) if as_json else yaml.safe_dump(values, sort_keys=False).rstrip())
                     return
                 with redirect_stdout(sys.stderr):  # stdout is the result's alone; Ray prints there, too
-                    result = work(settings, open_store(store, settings), **own)
+                    result = work(settings, open_store(store, settings) if opens_store else store, **own)
             finish(result, as_json)
 
         shared = [

@@ -60,6 +60,7 @@ def checks_of(settings: RunSettings, store: str) -> Iterator[tuple[str, Callable
         else:
             yield name, partial(services.check_reading, place)
     yield "MLflow", partial(services.check_mlflow, settings, store)
+    yield "ledger", partial(services.check_ledger, settings)
     yield "pickles", services.check_pickles
     yield "clock", partial(services.check_clocks, settings, store)
     yield "GPU", partial(machine.check_gpu, settings)

@@ -494,6 +494,28 @@ def _check_database(uri: str) -> Finding:
     return ok("MLflow", f"{found} answers, and can be written")
 
 
+def check_ledger(settings: RunSettings) -> list[Finding]:
+    """Whether a pipeline can note what it has done in the database that the settings name."""
+    import sqlalchemy
+
+    uri = settings.workflow.database
+    if uri is None or uri.startswith("sqlite:"):
+        return [not_asked("ledger", "a pipeline notes what it has done in a SQLite file")]
+    found = f"the database {bare(uri)}"
+    driver = re.sub(r"^postgresql://", "postgresql+psycopg://", uri)  # as DBOS does
+    try:
+        engine = sqlalchemy.create_engine(driver, connect_args={"connect_timeout": int(ANSWER)})
+        with engine.connect() as connection:
+            may = connection.execute(sqlalchemy.text("SELECT has_database_privilege(current_database(), 'CREATE')"))
+            if not may.scalar():
+                return [wrong("ledger", f"{found} does not let this user make its tables",
+                              "Make the user its owner, or grant CREATE on it.")]  # fmt: skip
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        return [wrong("ledger", f"{found} cannot be used: {one_line(error)}",
+                      "See that it is up, and that workflow.database and PGPASSWORD are right.")]  # fmt: skip
+    return [ok("ledger", f"{found} answers, and takes tables")]
+
+
 def _server_version(uri: str, runs: str) -> Finding:
     from packaging.version import Version
 

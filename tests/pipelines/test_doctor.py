@@ -473,6 +473,11 @@ def test_mlflow_in_postgresql_and_in_sqlite(postgres, tmp_path, monkeypatch):
     assert found_by(services.check_mlflow, settings, "store")[0].verdict == OK
     monkeypatch.setenv("PGPASSWORD", "wrong")
     assert found_by(services.check_mlflow, settings, "store")[0].verdict == WRONG
+    plain = uri.replace(f":{password}@", "@").replace("+psycopg", "")
+    of_ledger = load_settings(None, [f"workflow.database={plain}"])
+    assert found_by(services.check_ledger, of_ledger)[0].verdict == WRONG
+    monkeypatch.setenv("PGPASSWORD", password)
+    assert found_by(services.check_ledger, of_ledger)[0].verdict == OK
     file = tmp_path / "mlflow.db"
     with closing(sqlite3.connect(file)) as connection:
         connection.execute("CREATE TABLE experiments (name TEXT)")
