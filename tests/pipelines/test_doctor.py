@@ -152,8 +152,8 @@ def test_a_check_that_breaks_or_kills_its_process_is_a_finding():
 def test_every_check_is_run(tmp_path):
     settings = load_settings(None, ["train.storage=s3://a/b", "data.path=s3://c/d", "data.images=s3://c/d"])
     names = [name for name, _ in checks_of(settings, str(tmp_path))]
-    assert names == ["Ray", "storage: --store", "storage: train.storage", "storage: data.path", "MLflow", "ledger", "pickles",
-                     "clock", "GPU", "disk", "versions", "open ports"]  # fmt: skip
+    assert names == ["Ray", "storage: --store", "storage: train.storage", "storage: data.path", "MLflow", "ledger",
+                     "pickles", "clock", "GPU", "disk", "versions", "open ports"]  # fmt: skip
 
 
 def test_no_secret_is_printed_and_a_gpu_that_is_asked_for_must_be_there(tmp_path):
