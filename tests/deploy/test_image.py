@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.common import KEEP_BLOCKS
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
 PLACES = ["cluster.yaml", "deploy/Dockerfile", "docs/cluster.md", *(f"deploy/{name}.yaml" for name in (
@@ -65,6 +67,7 @@ def test_it_is_safe_by_default_and_holds_no_secret():
     environment = " ".join(rest for name, rest in steps() if name == "ENV")
     for told in ("RAY_AUTH_MODE=token", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false", "HOME=/home/ray"):
         assert told in environment
+    assert {f"{name}={value}" for name, value in KEEP_BLOCKS.items()} <= set(environment.split())
     assert not any(name == "ARG" for name, _ in steps())
     assert not re.search(r"(PASSWORD|SECRET|TOKEN|KEY)\w*=", DOCKERFILE)
 
