@@ -101,7 +101,7 @@ def predict(
     Returns {"folder", "plan", "runs", and over all runs "images", "ok", "rejected", "rejects": {kind of reason: n},
     "detections": {category name: n}, "scores": [n in each tenth]; "new": the same counts of the runs that this call
     ended, "images_here": those it did itself, "reused_images": all others; "seconds", "images_per_second",
-    "cost_per_1000_images" (None without predict.cost_per_hour), of its own; "score_threshold", "score_thresholds",
+    "cost_per_1000_images" (None without cluster.cost_per_hour), of its own; "score_threshold", "score_thresholds",
     "input_digest", "output_digest", "run_id"}.
 
     Raises UserError where there is no image, the output is another plan's, a store does not answer, or more than
@@ -591,7 +591,7 @@ def _note(done: Done) -> str:
 
 
 def _speed(settings: RunSettings, images: int, seconds: float) -> dict[str, Any]:
-    price = settings.predict.cost_per_hour
+    price = settings.cluster.cost_per_hour
     return {
         "seconds": round(seconds, 2),
         "images_per_second": round(images / seconds, 2) if images else None,

@@ -156,7 +156,7 @@ def report(
         threshold=threshold,
         rejects=count_rejects(dataset_folder),
         findings=findings,
-        stages=_stages(stages),
+        stages=_stages(stages, settings.cluster.cost_per_hour),
         registry=registry,
         training=_scalars({key: value for key, value in trained.items() if key not in ("checkpoint", "history")}),
         predictions=_predicted(predictions) if predictions else None,
@@ -438,9 +438,15 @@ def _sweep(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stages(stages: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _stages(stages: list[dict[str, Any]], per_hour: float | None) -> dict[str, Any] | None:
+    """Seconds of each stage, and where it is known what an hour costs, its cost."""
     if not stages:
         return None
+
+    def cost(seconds: float) -> str | None:
+        return None if per_hour is None else f"{per_hour / 3600 * seconds:,.2f}"
+
+    total = sum(record["seconds"] for record in stages if not record.get("reused"))
     longest = max(record["seconds"] for record in stages) or 1
     return {
         "rows": [
@@ -448,11 +454,13 @@ def _stages(stages: list[dict[str, Any]]) -> dict[str, Any] | None:
                 "stage": record["stage"],
                 "seconds": record["seconds"],
                 "share": round(100 * record["seconds"] / longest, 1),
+                "cost": cost(record["seconds"]),
                 "reused": bool(record.get("reused")),
             }
             for record in stages
         ],
-        "total": sum(record["seconds"] for record in stages if not record.get("reused")),
+        "total": total,
+        "cost": cost(total),
         "saved": sum(record["seconds"] for record in stages if record.get("reused")),
     }
 

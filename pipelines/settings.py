@@ -389,9 +389,6 @@ class PredictSettings(Settings):
     )
     max_pixels: int = Field(100_000_000, gt=0, le=MOST_PIXELS, description="larger images are rejected before decoding")
     max_reject_fraction: float = Field(0.5, ge=0, le=1, description="more rejected images in the table stop the run")
-    cost_per_hour: float | None = Field(
-        None, gt=0, description="of the machines, in any currency, to be told the cost of 1,000 images"
-    )
 
 
 def without_password(uri: str | None) -> str | None:
@@ -434,6 +431,9 @@ class WorkflowSettings(Settings):
 class ClusterSettings(Settings):
     address: str = Field("local", description="a Ray cluster's address; 'local' starts Ray here")
     num_cpus: int | None = Field(None, gt=0, description="logical CPUs of a local Ray; by default max(6, cores)")
+    cost_per_hour: float | None = Field(
+        None, gt=0, description="of all its machines, in any currency, to be told what stages and 1,000 images cost"
+    )
     gpus: int | None = Field(
         None, gt=0, description="wait until the cluster has so many, which has machines started where it starts them"
     )

@@ -140,8 +140,8 @@ def full(tmp_path_factory):
     registry = {"promoted": False, "reason": "AP 0.4 is not above 0.5.", "version": "3", "previous": "2",
                 "champion": "2", "rules": [rule]}  # fmt: skip
     result = report(
-        f"Run of {EVIL}", dataset, stages[1], {"val": evaluation}, folder / "history.json", load_settings(), stages,
-        registry, PREDICTED, folder,
+        f"Run of {EVIL}", dataset, stages[1], {"val": evaluation}, folder / "history.json",
+        load_settings(None, ["cluster.cost_per_hour=3.6"]), stages, registry, PREDICTED, folder,
         [Finding(what="2 classes hurt", which=(EVIL, CAT), change="Label more.", settings=("model=tiny",))],
     )  # fmt: skip
     return folder, result
@@ -185,7 +185,8 @@ def test_the_page_says_what_a_reader_came_for(full):
     assert "Not promoted. AP 0.4 is not above 0.5. The champion stays version 2." in text
     assert f"{RARE} no ground truth in this split" in text
     assert "it is <b>broken</b> 1" in text
-    assert "ingest 12.0 s reused" in text and "train 12 min" in text and "12 min in this run" in text
+    assert "ingest 12.0 s 0.01 reused" in text and "train 12 min 0.72" in text
+    assert "12 min in this run, which cost 0.72" in text
     assert "d1g35t" in text and "key-of-train" in text and "parameters 1,816,330" in text
     assert "budget: 12 minutes" in text
     assert f"2 classes hurt {EVIL}; cat Label more. model=tiny" in text
