@@ -230,7 +230,7 @@ def test_a_training_goes_on_with_fewer_workers_and_gets_one_back(tmp_path, setti
     assert process.wait(timeout=800) == 0, (tmp_path / "out").read_text()[-3000:]
     said = events(tmp_path / "run", "start")
     assert [start["workers"] for start in said] == [2, 1, 2]
-    assert 0 < said[1]["step"] < said[2]["step"] < steps
+    assert 0 < said[1]["step"] <= said[2]["step"] < steps  # the new node may come before the next checkpoint
     assert "1 of 2 workers are there" in " ".join(record["text"] for record in events(tmp_path / "run", "message"))
     history = read_json(tmp_path / "run" / "history.json")
     assert len(history["validations"]) == 20 and history["steps"][-1]["step"] == steps
