@@ -25,6 +25,7 @@ from jobs.on_cluster import fits, lacking
 from pipelines import submit as submitting
 from pipelines.settings import UserError
 
+pytestmark = pytest.mark.before_ray
 ROOT = Path(__file__).parents[2]
 RESULT = '{"exit_code": 0, "AP": 0.5, "text": "AP 0.5"}\n'
 TRAIN = ["train", "--store", "/shared/store", "data.path=s3://bucket/data"]
