@@ -226,6 +226,26 @@ def test_a_store_on_s3_asks_for_an_mlflow_that_all_reach(swift, tmp_path):
 
 
 @pytest.mark.ray
+def test_shards_and_training_of_one_machine_are_anothers(swift, tmp_path):
+    def train(machine: str) -> dict:
+        changes = ["sample.train=16", "sample.val=4", "train.budget=2 steps",
+                   f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"]  # fmt: skip
+        command = [sys.executable, "-m", "jobs.train", "--store", "s3://team/training", "--json", *SMALL, *changes]
+        env = {**os.environ, "DETR_CACHE": str(tmp_path / machine)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    first, second = train("a"), train("b")
+    assert not first["reused"] and second["reused"] and first["run_id"] == second["run_id"]
+    places = [Path(found["checkpoint"]) for found in (first, second)]
+    assert places[1].is_relative_to(tmp_path / "b")
+    weights = [(place / "model.safetensors").read_bytes() for place in places]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.ray
+@pytest.mark.long
 def test_a_pipeline_on_s3_is_one_for_two_machines(swift, mlflow_server, postgres, tmp_path, monkeypatch):
     from mlflow_server import new_database
 
