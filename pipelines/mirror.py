@@ -22,7 +22,7 @@ from pyarrow.fs import FileType
 
 from pipelines.progress import console
 from pipelines.settings import UserError, digest
-from pipelines.storage import Folder, bucket_and_key, is_remote, kind, list_files
+from pipelines.storage import ASKING, Folder, bucket_and_key, is_remote, kind, list_files
 
 FILES, FORMAT = "files.json", 1
 WORKING = "working.json"  # who works on a folder
@@ -147,12 +147,15 @@ def alone(folder: Path) -> Iterator[None]:
             console.print(f"{who.split()[0]} works on {there.uri}; waiting for it.", soft_wrap=True)
         time.sleep(BEAT / 4)
 
+    # Signs of life are not tried for minutes, or the end of the work would wait for a store that is away.
+    soon = Folder(there.uri, ASKING)
+
     def live() -> None:
         number = 0
         while not stop.wait(BEAT):
             number += 1
-            with suppress(UserError):  # a store that is away; the work itself says so where it matters
-                there.put(WORKING, sign(number))
+            with suppress(UserError):  # the work itself says so where it matters
+                soon.put(WORKING, sign(number))
 
     beats = threading.Thread(target=live, daemon=True)
     beats.start()
@@ -162,7 +165,7 @@ def alone(folder: Path) -> Iterator[None]:
         stop.set()
         beats.join()
         with suppress(UserError):
-            there.delete(WORKING)
+            soon.delete(WORKING)
 
 
 def records(store: Path, stage: str) -> list[dict[str, Any]]:

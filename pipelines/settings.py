@@ -393,7 +393,7 @@ class PredictSettings(Settings):
 
 def without_password(uri: str | None) -> str | None:
     """A URI as it is; ValueError for one with a password: settings are kept with every result and shown on its page."""
-    if uri and re.search(r"://[^/@]*:[^/@]*@|[?&]password=", uri):
+    if uri and re.search(r"://[^/@]*:[^/]*@|[?&]password=", uri):
         raise ValueError(
             "it holds a password, which would be kept with every result; leave it out, and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, or PGPASSWORD for PostgreSQL"
