@@ -226,6 +226,7 @@ def test_a_store_on_s3_asks_for_an_mlflow_that_all_reach(swift, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_shards_and_training_of_one_machine_are_anothers(swift, tmp_path):
     def train(machine: str) -> dict:
         changes = ["sample.train=16", "sample.val=4", "train.budget=2 steps",

@@ -277,6 +277,7 @@ def test_a_validation_finds_the_same_whoever_does_it(settings, dataset, straight
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_storage_that_fails_every_third_write_costs_nothing_but_time(tmp_path, settings, dataset, straight):
     if why := ObjectStore.unfit(tmp_path):
         pytest.skip(why)
@@ -330,6 +331,7 @@ def test_a_worker_that_dies_for_good_is_said_with_what_to_do(tmp_path, settings,
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_full_disk_is_said_and_what_was_kept_is_whole(tmp_path, settings, dataset):
     place = tmp_path / "small"
     place.mkdir()
