@@ -372,7 +372,7 @@ def test_a_damaged_model_is_one_sentence_for_predict_show(checkpoint, tmp_path):
 
 def test_the_guides_python_draws_attention_without_ray(checkpoint, tmp_path):
     Image.effect_noise((320, 240), 80).save(tmp_path / "photo.jpg")
-    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     (code,) = (c for c in re.findall(r"```python\n(.*?)```", guide, re.S) if "detr.explain" in c)
     code = code.replace("path/to/checkpoint", str(checkpoint))
     for name in ("photo.jpg", "encoder.png", "decoder.png"):

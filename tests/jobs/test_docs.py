@@ -1,4 +1,4 @@
-"""The commands in README and guide exist, with these options and settings."""
+"""The commands in README and guide exist, with these options and settings; its links lead somewhere."""
 from __future__ import annotations
 
 import re
@@ -14,11 +14,14 @@ from jobs.jobs import main as jobs_group
 from jobs.schedule import main as group
 
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands() -> list[str]:
     found = []
-    for path in (ROOT / "README.md", ROOT / "docs" / "guide.md"):
+    for path in PAGES:
+        if path.name == "cluster.md":  # tests/deploy/test_cluster_page.py
+            continue
         for block in re.findall(r"```console\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
             found += block.strip().splitlines()
     return found
@@ -27,6 +30,28 @@ def commands() -> list[str]:
 def test_there_are_commands():
     assert {"make run", "make test"} <= set(commands())
     assert len(commands()) > 10
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if not link.startswith("http"):
+            file, _, anchor = link.partition("#")
+            there = page.parent / file if file else page
+            assert there.exists(), link
+            assert not anchor or anchor in anchors(there), link
+
+
+def test_every_page_of_the_guide_is_in_its_table():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert {page.name for page in PAGES} - {"README.md", "guide.md"} == set(re.findall(r"^\| \[.*?\]\((.+?)\)", guide, re.M))
 
 
 def is_about_schedules(command: str) -> bool:
