@@ -35,6 +35,8 @@ def job(example: str, takes_input: bool = False, opens_store: bool = True) -> Ca
     """
 
     def decorate(work: Callable[..., dict[str, Any]]) -> click.Command:
+        name = work.__module__.rsplit(".", 1)[-1] if work.__module__ != "__main__" else Path(sys.argv[0]).stem
+
         @functools.wraps(work)
         def command(config, store, as_json, print_settings, overrides, **own):
             from pipelines.settings import load_settings
@@ -42,7 +44,7 @@ def job(example: str, takes_input: bool = False, opens_store: bool = True) -> Ca
             if takes_input:
                 own["inputs"] = [word for word in overrides if is_input(word)]
                 overrides = [word for word in overrides if not is_input(word)]
-            with one_sentence(as_json):
+            with as_told(name), one_sentence(as_json):
                 settings = load_settings(config, overrides)
                 if print_settings:
                     import yaml
@@ -64,7 +66,6 @@ def job(example: str, takes_input: bool = False, opens_store: bool = True) -> Ca
         ]  # fmt: skip
         for option in reversed(shared):
             command = option(command)
-        name = work.__module__.rsplit(".", 1)[-1] if work.__module__ != "__main__" else Path(sys.argv[0]).stem
         return click.command(
             name, help=work.__doc__, epilog=f"Example: {example}", context_settings={"max_content_width": 100}
         )(command)
@@ -122,6 +123,20 @@ def check_command(
 
 
 @contextmanager
+def as_told(command: str) -> Iterator[None]:
+    """What the command says is text or, with DETR_LOG=json, records that name it and the cluster's job it runs in."""
+    from pipelines.progress import JOB, LOG, about, as_records, say_all_as_records
+
+    if as_records():
+        say_all_as_records()
+    elif told := os.environ.get(LOG):
+        click.echo(f"{LOG} is {told!r}; it can be json, or nothing.", err=True)
+        sys.exit(WRONG_USE)
+    with about(command=command, job=os.environ.get(JOB)):
+        yield
+
+
+@contextmanager
 def one_sentence(as_json: bool) -> Iterator[None]:
     """What a user can mend, what MLflow could not do, and Ctrl-C end the command with one sentence and an exit code."""
     from pipelines.settings import UserError
@@ -157,7 +172,12 @@ def finish(result: dict[str, Any], as_json: bool) -> NoReturn:
 def _fail(message: str, code: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"exit_code": code, "error": message}))
-    click.echo(message, err=True)
+    from pipelines.progress import as_records, record
+
+    if as_records():
+        record(message, "error", exit_code=code)
+    else:
+        click.echo(message, err=True)
     sys.exit(code)
 
 

@@ -1,10 +1,20 @@
-"""Progress a person can read, on stderr; stdout belongs to results."""
+"""What is said while something runs, on stderr; stdout belongs to results.
+
+A terminal sees bars. A file, or a cluster's log, gets a line of each bar twice a minute. With DETR_LOG=json in the
+environment every sentence and every such line is a JSON object that says what it is about, for whoever collects logs.
+"""
 from __future__ import annotations
 
+import io
+import json
+import logging
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -19,8 +29,79 @@ from rich.progress import (
 )
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False, markup=False)  # names may hold brackets
+LOG = "DETR_LOG"  # the environment variable
+JOB = "DETR_JOB"  # another, of a job on a cluster: its id
+EVERY = 30.0  # seconds from one line of a bar to the next, where there is no terminal
 T = TypeVar("T")
+_about: dict[str, str | None] = {}  # one command runs in a process, and one stage of it at a time
+
+
+def as_records() -> bool:
+    """Whether what is said is JSON."""
+    return os.environ.get(LOG) == "json"
+
+
+@contextmanager
+def about(**what: str | None) -> Iterator[None]:
+    """What the records of the log are about while the block runs, such as a command, a stage and its key."""
+    before = {name: _about.get(name) for name in what}
+    _about.update(what)
+    try:
+        yield
+    finally:
+        _about.update(before)
+
+
+def record(message: str, level: str = "info", **numbers: Any) -> None:
+    """Write a line of JSON: {"time" (UTC), "level", "message", what it is about, "run_id" (MLflow's), the numbers}."""
+    from pipelines.tracking import open_run
+
+    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level, "message": message}
+    line |= {**_about, "run_id": open_run(), **numbers}
+    line = {name: value for name, value in line.items() if value is not None}
+    sys.stderr.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")  # at one blow: threads say things, too
+    sys.stderr.flush()
+
+
+def message_of(line: str) -> str:
+    """What a line of a log says to a person: a record's message, or traceback; another line is as it is."""
+    try:
+        said = json.loads(line) if line.startswith('{"time": ') else {}
+    except ValueError:
+        return line
+    return said.get("traceback") or said.get("message") or line
+
+
+def say_all_as_records() -> None:
+    """Have what libraries log or warn of, and a crash, be records, too."""
+
+    class Handler(logging.Handler):
+        def emit(self, said: logging.LogRecord) -> None:
+            record(said.getMessage(), said.levelname.lower(), logger=said.name)
+
+    def crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        import traceback
+
+        text = "".join(traceback.format_exception(kind, error, trace))
+        record(f"{kind.__name__}: {error}", "critical", traceback=text)
+
+    logging.basicConfig(handlers=[Handler()], level=logging.WARNING)
+    logging.captureWarnings(True)
+    sys.excepthook = crash
+
+
+class _Stderr(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        if not as_records():
+            super().print(*objects, **options)
+            return
+        page = Console(file=io.StringIO(), highlight=False, markup=False, width=self.width)
+        page.print(*objects, soft_wrap=True)
+        if message := page.file.getvalue().strip():
+            record(message)
+
+
+console = _Stderr(stderr=True, highlight=False, markup=False)  # names may hold brackets
 
 
 class RateColumn(ProgressColumn):
@@ -48,9 +129,43 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def progress(**options) -> Progress:
-    """A rich Progress with count, rate and time left."""
-    return Progress(
+class _Lines(Progress):
+    """For where no terminal is: a line for each task twice a minute, and in the end."""
+
+    def __init__(self, *columns: ProgressColumn, **options: Any):
+        super().__init__(*columns, disable=True, **options)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._say_again, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._end.set()
+        self._thread.join()
+        self._say()
+
+    def _say_again(self) -> None:
+        while not self._end.wait(EVERY):
+            self._say()
+
+    def _say(self) -> None:
+        for task in self.tasks:
+            rate, left = RateColumn().render(task).plain, task.fields.get("left", task.time_remaining)
+            words = [
+                f"{task.completed:g}" + (f" of {task.total:g}" if task.total is not None else ""), rate,
+                f"{duration(left)} left" if left and not task.finished else "", task.fields["note"],
+            ]  # fmt: skip
+            line = f"  {task.description}: {', '.join(word for word in words if word)}"
+            if as_records():
+                record(line.strip(), done=task.completed, total=task.total, seconds_left=left)
+            else:
+                self.console.print(line, soft_wrap=True)
+
+
+def progress(**options: Any) -> Progress:
+    """A rich Progress with count, rate and time left; each task has a field `note`."""
+    return (Progress if console.is_terminal and not as_records() else _Lines)(
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),

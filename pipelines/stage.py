@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipelines.mirror import alone, fetch, name_of, publish
+from pipelines.progress import about
 from pipelines.settings import digest
 from pipelines.storage import Folder, is_remote
 
@@ -43,7 +44,7 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     record_path = folder / "stage.json"
     mirrored = is_remote(name_of(folder))
-    with FileLock(str(folder / ".lock")), ExitStack() as ends:
+    with about(stage=stage, key=key), FileLock(str(folder / ".lock")), ExitStack() as ends:
         there = mirrored and fetch(folder)  # it may have been done elsewhere
         if mirrored and not there:
             ends.enter_context(alone(folder))

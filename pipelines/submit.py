@@ -30,7 +30,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-from pipelines.progress import console
+from pipelines.progress import JOB, console, message_of
 from pipelines.settings import UserError, digest
 from pipelines.stage import printed_result
 
@@ -243,7 +243,8 @@ def submit(
                     entrypoint=shlex.join(["python", "-m", "jobs.on_cluster", *words]),
                     # Others see these variables; what is secret is the cluster's own.
                     runtime_env={
-                        "working_dir": str(folder), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+                        "working_dir": str(folder),
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), JOB: name},
                     },
                     metadata={MARK: shlex.join(shown)},
                 )  # fmt: skip
@@ -347,7 +348,7 @@ class Log:
     def _line(self, line: str) -> None:
         result = printed_result(line)
         if result is None:
-            self.show(line)
+            self.show(message_of(line))
         else:
             self.result = result
 

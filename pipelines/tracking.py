@@ -454,6 +454,11 @@ def forget_last_steps() -> None:
     _last_steps.cache_clear()
 
 
+def open_run() -> str | None:
+    """The run that this process opened first of those that are open: a sweep's own before its trials'."""
+    return next(iter(list(_open)), None)
+
+
 def end_open_runs(status: str) -> None:
     """Close what this process started and has not closed; whoever would close it later on does not any more."""
     while _open:

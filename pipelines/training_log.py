@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipelines.feed import Feed
 from pipelines.metrics import count_images, took
-from pipelines.progress import console, duration, progress
+from pipelines.progress import console, progress
 from pipelines.settings import UserError
 from pipelines.storage import Folder, is_remote
 from pipelines.tracking import Tracker
@@ -290,7 +290,3 @@ def follow(stop: threading.Event, path: Path | str) -> None:
                         if share > began[1]:
                             left = (time.monotonic() - began[0]) / (share - began[1]) * (1 - share)
                     bar.update(task, completed=record["step"], total=record["steps"], note=note, left=left)
-                    if not console.is_terminal and record["step"] % (5 * LOG_EVERY) == 0:
-                        of = f" of {record['steps']}" if record["steps"] else ""
-                        still = f", {duration(left)} left" if left is not None else ""
-                        console.print(f"  step {record['step']}{of}: {note}{still}")
