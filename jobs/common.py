@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import click
 
 DONE, FAILED, WRONG_USE, GATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray is one machine's own
 KEEP_BLOCKS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 26)}
 
 
@@ -200,8 +201,6 @@ def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
         os.environ.setdefault(name, value)
     import logging
 
-    import ray
-
     from pipelines.settings import UserError
 
     options: dict[str, Any] = {"address": settings.cluster.address}
@@ -213,11 +212,17 @@ def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         environment = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+        if "ray" not in sys.modules:  # which reads it once
+            # All of it listens on loopback, as it does by itself on other systems than Linux: nobody else is to join,
+            # and a laptop's address may change. Whoever wants Ray on all interfaces says 1.
+            environment |= {LOOPBACK: os.environ.get(LOOPBACK, "0")}
         options |= {"num_cpus": settings.cluster.local_cpus(), "include_dashboard": dashboard, "dashboard_port": port}
         # Nobody takes this machine back, and every process of Ray's takes a hundredth of a core.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         with _environment(environment):  # which its processes inherit
+            import ray
+
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
     except ray.exceptions.AuthenticationError as error:
         raise UserError(f"Ray's token is not here: {str(error).partition('. ')[0]}.") from error

@@ -236,7 +236,8 @@ def check_ports() -> list[Finding]:
     except psutil.AccessDenied:  # macOS tells root alone
         return [not_asked("open ports", "this system does not let its users see them")]
     for one in listening:
-        if ipaddress.ip_address(one.laddr.ip).is_loopback:
+        address = ipaddress.ip_address(one.laddr.ip)
+        if (getattr(address, "ipv4_mapped", None) or address).is_loopback:  # ::ffff:127.0.0.1, too
             continue
         try:
             process = psutil.Process(one.pid)

@@ -204,8 +204,8 @@ def _token_of_local() -> Finding:
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode is None or mode.lower() == "token":
         return not_asked("Ray's token", "a Ray that starts here asks for one of its own")
-    return wrong("Ray's token", f"RAY_AUTH_MODE={mode}: a Ray that starts here would listen on all addresses of this "
-                 "machine and let anyone run code", "Unset RAY_AUTH_MODE.")  # fmt: skip
+    return wrong("Ray's token", f"RAY_AUTH_MODE={mode}: a Ray that starts here would let everybody on this machine "
+                 "run code in your name", "Unset RAY_AUTH_MODE.")  # fmt: skip
 
 
 def _several_machines(settings: RunSettings, store: str, nodes: int) -> list[Finding]:

@@ -22,6 +22,9 @@ class RayHead:
     Jobs' `python` is this one. In the end it and what it started are killed, and nothing else.
     """
 
+    def __init__(self, cpus: int = 6):
+        self.cpus, self.nodes = cpus, []
+
     def __enter__(self) -> RayHead:
         self.folder = Path(tempfile.mkdtemp(prefix="detr-ray-", dir="/tmp"))  # sockets want a short name
         self.token = secrets.token_hex(32)
@@ -31,22 +34,23 @@ class RayHead:
         gcs, dashboard, client, agent = _free_ports(4)
         self.address = f"http://127.0.0.1:{dashboard}"
         # RAY_TMPDIR: also what Ray keeps for those who look for a cluster.
-        environment = {
+        self.environment = {
             **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path),
             "RAY_TMPDIR": str(self.folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "PYTHONPATH"):
-            environment.pop(name, None)
+            self.environment.pop(name, None)
+        self.gcs = f"127.0.0.1:{gcs}"
         with (self.folder / "head.log").open("w") as log:
             self.process = subprocess.Popen(
                 [
                     sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port", str(gcs),
                     "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
                     "--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent),
-                    "--min-worker-port", "0", "--max-worker-port", "0", "--num-cpus", "6",
+                    "--min-worker-port", "0", "--max-worker-port", "0", "--num-cpus", str(self.cpus),
                     "--object-store-memory", "100000000", "--disable-usage-stats",
                 ],
-                env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + 120
         while not self._asks_for_a_token():
@@ -56,6 +60,16 @@ class RayHead:
                 raise RuntimeError(f"Ray's head did not start:\n{said}")
             time.sleep(0.2)
         return self
+
+    def add_node(self, cpus: int, **variables: str) -> None:
+        """Start another node beside it, which keeps what its environment says for itself."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--address", self.gcs, "--num-cpus",
+                   str(cpus), "--object-store-memory", "200000000", "--min-worker-port", "0", "--max-worker-port", "0",
+                   "--dashboard-agent-listen-port", "0", "--disable-usage-stats"]  # fmt: skip
+        with (self.folder / f"node-{len(self.nodes)}.log").open("w") as log:
+            self.nodes.append(subprocess.Popen(
+                command, env=self.environment | variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            ))  # fmt: skip
 
     def _asks_for_a_token(self) -> bool:
         try:
@@ -76,8 +90,9 @@ class RayHead:
         return found
 
     def __exit__(self, *error) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        for process in (*self.nodes, self.process):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         deadline = time.monotonic() + 20
         while left := self.processes():  # workers and jobs end by themselves without it
             if time.monotonic() > deadline:

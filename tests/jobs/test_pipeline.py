@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from from_outside import Watch, descendants
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -69,20 +70,22 @@ def wait_for_checkpoint(store: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> tuple[Path, dict, str]:
-    """A pipeline killed with SIGKILL in training, and started again."""
+def killed(tmp_path_factory) -> tuple[Path, dict, str, Watch]:
+    """A pipeline killed with SIGKILL in training, and started again, with somebody watching."""
     store = tmp_path_factory.mktemp("killed") / "store"
     first = start("pipeline", store)
     wait_for_checkpoint(store, first)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    result, log = finish(start("pipeline", store))
-    return store, result, log
+    second = start("pipeline", store)
+    with Watch(lambda: descendants(second.pid)) as watch:
+        result, log = finish(second)
+    return store, result, log, watch
 
 
 @pytest.mark.timeout(900)
 def test_a_killed_pipeline_goes_on_where_it_stopped(killed):
-    store, result, log = killed
+    store, result, log, _ = killed
     assert "Going on with the pipeline that was stopped" in log
     assert "going on from step" in log
     stages = {s["stage"]: s for s in result["stages"]}
@@ -95,10 +98,17 @@ def test_a_killed_pipeline_goes_on_where_it_stopped(killed):
     assert first == 0 and again in (6, 12, 18)
 
 
+def test_on_one_machine_nothing_listens_for_others(killed):
+    *_, watch = killed
+    for process in ("raylet", "gcs_server", "dashboard", "ray::RayTrainWorker"):  # they were seen
+        assert any(process in command for command in watch.commands), watch.commands
+    assert not watch.beyond
+
+
 @pytest.mark.long  # that a training's weights are the same after a kill, test_training_faults.py says, too
 @pytest.mark.timeout(900)
 def test_a_killed_pipeline_ends_as_a_straight_one(killed, tmp_path):
-    _, result, _ = killed
+    _, result, _, _ = killed
     straight, _ = finish(start("train", tmp_path / "store"))
     places = (result["checkpoint"], straight["checkpoint"])
     ours, theirs = (load_file(Path(place) / "model.safetensors") for place in places)
@@ -109,7 +119,7 @@ def test_a_killed_pipeline_ends_as_a_straight_one(killed, tmp_path):
 
 @pytest.mark.ray
 def test_what_a_pipeline_left_can_be_followed_both_ways(killed, call):
-    store, result, _ = killed
+    store, result, _, _ = killed
     for asked in (result["dataset"]["digest"], f"models:/{result['model']}@champion", result["predictions"]):
         found, _ = call("lineage", store, asked)
         assert [dataset["id"] for dataset in found["datasets"]] == [result["dataset"]["digest"]]
@@ -156,7 +166,7 @@ def test_a_killed_ingest_goes_on_where_it_stopped(tmp_path, call):
 
 
 def test_everything_that_was_promised_is_there(killed):
-    _, result, _ = killed
+    _, result, _, _ = killed
     assert result["verdict"]["promoted"] and result["champion"] == result["version"]
     assert set(result["AP"]) == {"val", "test"}
     assert Path(result["report"]).read_text().count("<html") == 1
@@ -165,7 +175,7 @@ def test_everything_that_was_promised_is_there(killed):
 
 
 def test_what_in_the_data_will_hurt_is_said_before_training_and_by_a_command(killed):
-    store, _, log = killed
+    store, _, log, _ = killed
     assert log.count("What in the data will hurt") == 1
     found, _ = finish(start("data", store, "model.num_queries=4"))
     few, many = found["findings"]
@@ -174,7 +184,7 @@ def test_what_in_the_data_will_hurt_is_said_before_training_and_by_a_command(kil
 
 
 def test_a_second_run_does_nothing_again(killed):
-    store, result, _ = killed
+    store, result, _, _ = killed
     before = {path: path.stat().st_mtime_ns for path in store.glob("*/*/stage.json")}
     again, log = finish(start("pipeline", store))
     assert {path: path.stat().st_mtime_ns for path in store.glob("*/*/stage.json")} == before
@@ -185,7 +195,7 @@ def test_a_second_run_does_nothing_again(killed):
 
 @pytest.mark.ray
 def test_commands_find_what_the_pipeline_left(killed, call, tmp_path):
-    store, result, _ = killed
+    store, result, _, _ = killed
     found, _ = call("evaluate", store, "--split", "test")
     assert found["AP"] == result["AP"]["test"] and found["reused"]
     said, _ = call("promote", store)
@@ -207,7 +217,7 @@ def test_commands_find_what_the_pipeline_left(killed, call, tmp_path):
 
 
 def test_a_second_model_is_measured_beside_the_champion(killed):
-    store, result, _ = killed
+    store, result, _, _ = killed
     changes = ("sweep.in_pipeline=false", "train.budget=4 steps", "train.validations=1")
     second, log = finish(start("pipeline", store, *changes), expected=3)
     verdict = second["verdict"]
@@ -222,7 +232,7 @@ def test_a_second_model_is_measured_beside_the_champion(killed):
 
 @pytest.mark.ray
 def test_a_model_is_refused_on_images_it_was_trained_on(killed, call, tmp_path):
-    store, _, _ = killed
+    store, _, _, _ = killed
     (sample,) = (store / "sample").glob("*/sample")
     shutil.copytree(sample, tmp_path / "data")
     shutil.copy(sample / "instances_train.json", tmp_path / "data" / "instances_val.json")
@@ -234,7 +244,7 @@ def test_a_model_is_refused_on_images_it_was_trained_on(killed, call, tmp_path):
 
 
 def test_the_readmes_python_detects_without_ray(killed, tmp_path):
-    store, result, _ = killed
+    store, result, _, _ = killed
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
     image = next((store / "sample").glob("*/sample/images/val_*"))

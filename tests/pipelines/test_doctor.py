@@ -532,7 +532,7 @@ def test_a_local_ray_that_would_be_open(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     token = by_name(found_by(services.check_ray, RunSettings(), "store"))["Ray's token"]
-    assert token.verdict == WRONG and "let anyone run code" in token.found
+    assert token.verdict == WRONG and "let everybody on this machine run code" in token.found
 
 
 def versions_with(folder: Path, **installed: str) -> Finding:
