@@ -1,8 +1,10 @@
-"""The commands in README and guide exist, with these options and settings; its links lead somewhere."""
+"""What README and guide name exists: commands with their options, settings, links, functions, files."""
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,14 @@ from jobs_api import JobsApi
 from jobs.cli import main
 from jobs.jobs import main as jobs_group
 from jobs.schedule import main as group
+from pipelines.settings import RunSettings, flatten, load_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FLOORS = ("detr", "pipelines", "jobs")  # from the lowest
+FOLDERS = (*FLOORS, "benchmarks", "configs", "deploy", "docs", "tests")
+SETTING = re.compile(rf"({'|'.join(RunSettings.model_fields)})((?:\.[a-z_]+)*)(?:=(.*))?", re.S)
+FILES = (".db", ".json", ".onnx", ".safetensors", ".txt", ".yaml")  # model.onnx is no setting
 
 
 def commands() -> list[str]:
@@ -110,3 +117,95 @@ def test_the_documented_commands_for_a_cluster_are_understood(monkeypatch):
 def test_a_documented_target_exists(command):
     target = command.split()[1]
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def in_backquotes() -> list[tuple[str, str]]:
+    """(page, text) of all that stands in backquotes; of code blocks, which other tests try, nothing."""
+    found = []
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+        found += [(page.name, " ".join(quoted.split())) for quoted in re.findall(r"`([^`]+)`", text)]
+    return found
+
+
+def settings_named() -> list[tuple[str, str, str | None]]:
+    """(page, name, value) of settings in backquotes, alone or in a command."""
+    found = []
+    for page, text in in_backquotes():
+        words = re.sub(r"^detr [a-z]+ ", "", text)
+        try:
+            words = shlex.split(words)
+        except ValueError:  # no command
+            continue
+        for word in words:
+            match = SETTING.fullmatch(word)
+            if not match or word.endswith(FILES):
+                break  # what begins otherwise is a sentence, perhaps of an error
+            if match[2] or match[3]:
+                found.append((page, match[1] + match[2], match[3]))
+    return found
+
+
+def test_settings_in_backquotes_exist_and_take_these_values():
+    known = set(flatten(RunSettings().model_dump(mode="json")))
+    known |= {name.rsplit(".", cut)[0] for name in known for cut in range(1, name.count(".") + 1)}  # groups
+    known.add("model.preset")
+    named = settings_named()
+    assert len({name for _, name, _ in named}) > 60
+    assert not [(page, name) for page, name, _ in named if name not in known]
+    for _, name, value in named:
+        if value and not value.isupper():  # NAME stands for something
+            load_settings(None, [f"{name}={value}"])
+
+
+def is_defined(name: str) -> bool:
+    """Whether there is a module of this dotted name, or a function, class, method or constant in one; none is imported.
+
+    What a module has only from another is not where the name says.
+    """
+    parts = name.split(".")
+    files = (ROOT.joinpath(*parts[:end]).with_suffix(".py") for end in (2, 3))
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return False
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    for part in parts[len(file.relative_to(ROOT).parts) :]:
+        inner = None
+        for node in body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)]
+            if part in names:
+                inner = getattr(node, "body", [])
+        if inner is None:
+            return False
+        body = inner
+    return True
+
+
+def test_functions_in_backquotes_are_where_the_pages_say():
+    name = re.compile(rf"((?:{'|'.join(FLOORS)})(?:\.\w+)+)(?:\(.*\))?")
+    named = {(page, match[1]) for page, text in in_backquotes() if (match := name.fullmatch(text))}
+    assert len(named) > 50
+    assert not [(page, name) for page, name in sorted(named) if not is_defined(name)]
+
+
+def test_files_in_backquotes_are_in_the_repository():
+    named = {(page, text) for page, text in in_backquotes() if re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w./-]*", text)}
+    assert len(named) > 20
+    assert not [(page, name) for page, name in sorted(named) if not (ROOT / name).exists()]
+
+
+def test_imports_lead_down_only_and_never_round_in_a_circle():
+    """As docs/design.md says of the three floors; imports within functions count, too."""
+    imports: dict[str, set[str]] = {}
+    for file in (file for floor in FLOORS for file in (ROOT / floor).glob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imports[f"{file.parent.name}.{file.stem}"] = found
+    assert len(imports) > 80
+    for module, found in imports.items():
+        floor = module.partition(".")[0]
+        above = FLOORS[FLOORS.index(floor) + 1 :] + (("ray", "mlflow") if floor == "detr" else ())
+        assert not {name for name in found if name.partition(".")[0] in above}, module
+    TopologicalSorter({module: found & imports.keys() for module, found in imports.items()}).prepare()  # CycleError
