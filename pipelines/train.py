@@ -127,6 +127,7 @@ def train(
         Folder(shared).delete(FAILED)
         trainer = TorchTrainer(
             train_loop,
+            torch_config=_alone() if options.num_workers == 1 else None,
             train_loop_config={
                 "settings": settings.model_dump(mode="json"),
                 "dataset": name_of(dataset_folder),
@@ -243,6 +244,17 @@ def _validates_beside(settings: RunSettings, use_gpu: bool) -> bool:
     if told == "beside" and not left:
         raise UserError(f"train.validation=beside needs a {kind} more than there are workers ({workers}).", 2)
     return told == "beside" or (told == "auto" and use_gpu and left)
+
+
+def _alone():
+    """Ray's configuration of PyTorch for one worker: it meets nobody, at no port, which would be open to everybody."""
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig
+
+    class Alone(TorchConfig):
+        backend_cls = Backend
+
+    return Alone()
 
 
 def check_room(settings: RunSettings, use_gpu: bool) -> None:
