@@ -28,7 +28,7 @@ from pipelines.resample import average_precision, enough_images, image_weights, 
 from pipelines.settings import RunSettings, UserError
 from pipelines.shards import read_split, split_shards
 from pipelines.stage import read_json, write_json
-from pipelines.storage import WORKING, locate
+from pipelines.storage import WORKING, from_task, locate
 
 if TYPE_CHECKING:
     from pipelines.detect import Detector
@@ -225,9 +225,13 @@ def evaluate(
     detecting of all actors together (without their start).
 
     A checkpoint may lack classes of the dataset; of these it finds nothing. Raises UserError where it has one that
-    the dataset has not, RuntimeError where not every image was scored exactly once or one cannot be decoded.
+    the dataset has not, cannot be loaded, or what it works on cannot be had; RuntimeError where not every image was
+    scored exactly once or one cannot be decoded.
     """
     import ray
+    from ray.exceptions import RayTaskError
+
+    from detr.checkpoint import CheckpointError, load_checkpoint
 
     check_seen(dataset_folder)
     shards = split_shards(dataset_folder, split)
@@ -236,9 +240,11 @@ def evaluate(
     labels = _dataset_labels(checkpoint, categories, dataset_folder)
     rows = read_split(Path(dataset_folder), split, ["image_id", "file_name", "width", "height", "annotations"])
 
-    use_gpu = settings.train.use_gpu
-    if use_gpu is None:
-        use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    try:
+        load_checkpoint(checkpoint)  # an actor that dies of it says so later and less clearly
+    except CheckpointError as error:
+        raise UserError(f"{error}.") from error
+    use_gpu = detects_on_gpus(settings)
     block = 2 * settings.evaluate.batch_size
     actors, sharing = places(ray.nodes(), use_gpu)
     fs, _ = locate(name_of(dataset_folder), WORKING)
@@ -259,12 +265,15 @@ def evaluate(
     tables, seconds, counts = [DETECTIONS.empty_table()], Counter(), Counter()
     with progress() as bar:
         task = bar.add_task(f"evaluate {split}", total=rows.num_rows, note="")
-        for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
-            tables.append(batch.select(DETECTIONS.names).cast(DETECTIONS))
-            for actor, spent in zip(batch["actor"].to_pylist(), batch["seconds"].to_pylist(), strict=True):
-                seconds[actor] += spent
-                counts[actor] += 1
-            bar.advance(task, batch.num_rows)
+        try:
+            for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+                tables.append(batch.select(DETECTIONS.names).cast(DETECTIONS))
+                for actor, spent in zip(batch["actor"].to_pylist(), batch["seconds"].to_pylist(), strict=True):
+                    seconds[actor] += spent
+                    counts[actor] += 1
+                bar.advance(task, batch.num_rows)
+        except RayTaskError as error:
+            raise from_task(error) or error from error
     detections = pa.concat_tables(tables).sort_by("image_id")
     check_ids(detections["image_id"].to_pylist(), rows["image_id"].to_pylist(), split)
     detections = _relabelled(detections, labels)
@@ -309,6 +318,16 @@ def unpacked(files: dict[str, bytes]) -> Iterator[Path]:
         for name, data in files.items():
             (Path(place) / name).write_bytes(data)
         yield Path(place)
+
+
+def detects_on_gpus(settings: RunSettings) -> bool:
+    """Whether models detect on GPUs: as told, else where Ray has some. UserError where it is told and there is none."""
+    import ray
+
+    there = ray.cluster_resources().get("GPU", 0) > 0
+    if settings.train.use_gpu and not there:
+        raise UserError("train.use_gpu is true, but Ray has no GPU; set it to false, or go where there is one.", 2)
+    return there if settings.train.use_gpu is None else settings.train.use_gpu
 
 
 def places(nodes: list[dict[str, Any]], use_gpu: bool) -> tuple[int, int]:

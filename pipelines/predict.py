@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.evaluate import pack, places, unpacked
+from pipelines.evaluate import detects_on_gpus, pack, places, unpacked
 from pipelines.listing import Listing, find_images
 from pipelines.metrics import count_images, took
 from pipelines.plan import (
@@ -482,12 +482,7 @@ def _stream(
         load_checkpoint(checkpoint)  # an actor that dies of it says so a minute later and less clearly
     except CheckpointError as error:
         raise UserError(f"{error}.") from error
-    resources = ray.cluster_resources()
-    use_gpu, cpus = settings.train.use_gpu, int(resources.get("CPU", 0))
-    if use_gpu is None:
-        use_gpu = resources.get("GPU", 0) > 0
-    if use_gpu and not resources.get("GPU"):
-        raise UserError("train.use_gpu is true, but Ray has no GPU; set it to false, or go where there is one.", 2)
+    use_gpu, cpus = detects_on_gpus(settings), int(ray.cluster_resources().get("CPU", 0))
     there, sharing = places(ray.nodes(), use_gpu)
     actors = settings.predict.actors or min(there, max(1, cpus - 1))
     if actors >= cpus:

@@ -17,6 +17,7 @@ from pipelines.evaluate import (
     coco_metrics,
     coco_truth,
     detections_to_coco,
+    detects_on_gpus,
     evaluate,
     f1_at,
     full_metrics,
@@ -572,3 +573,15 @@ def test_a_checkpoint_for_other_categories_is_refused(small_dataset, tmp_path):
         evaluate(load_settings(), small_dataset[0], tmp_path, "val", tmp_path)
     with pytest.raises(UserError, match="there is no config"):
         evaluate(load_settings(), small_dataset[0], tmp_path / "elsewhere", "val", tmp_path)
+
+
+def test_gpus_are_used_where_there_are_some_and_missed_where_they_are_asked_for(monkeypatch):
+    import ray
+
+    def settled(told: bool | None, gpus: int) -> bool:
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0} | ({"GPU": float(gpus)} if gpus else {}))
+        return detects_on_gpus(load_settings(None, [] if told is None else [f"train.use_gpu={told}"]))
+
+    assert [settled(None, 2), settled(None, 0), settled(False, 2), settled(True, 1)] == [True, False, False, True]
+    with pytest.raises(UserError, match="Ray has no GPU"):
+        settled(True, 0)
