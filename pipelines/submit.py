@@ -384,7 +384,8 @@ async def _tail(client: Client, job_id: str, log: Log) -> None:
     chunks = client.tail_job_logs(job_id)
     try:
         while True:
-            text = await asyncio.wait_for(anext(chunks), QUIET)
+            async with asyncio.timeout(QUIET):  # wait_for, in Python 3.11, loses a Ctrl-C that comes with a chunk
+                text = await anext(chunks)
             log.take(text[had:])
             had = max(0, had - len(text))
     except (StopAsyncIteration, TimeoutError):
