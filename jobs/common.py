@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import click
 
 DONE, FAILED, WRONG_USE, GATE_REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+STOPPED = "Stopped. The same command goes on from here."
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray is one machine's own
 KEEP_BLOCKS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 26)}
 
@@ -76,10 +77,13 @@ def job(example: str, takes_input: bool = False, opens_store: bool = True) -> Ca
 
 def open_store(given: str, settings) -> Path:
     """The folder of a store, of one at s3:// its mirror on this machine; UserError where it cannot be worked in."""
+    from pipelines.settings import UserError
+
     if not given.startswith("s3://"):
+        if Path(given).exists() and not Path(given).is_dir():
+            raise UserError(f"The store {given} is a file; give a folder.", 2)
         return Path(given)
     from pipelines.mirror import open_store
-    from pipelines.settings import UserError
 
     if settings.tracking.uri is None:
         raise UserError(
@@ -145,18 +149,18 @@ def one_sentence(as_json: bool) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _fail(str(error), error.exit_code, as_json)
+        fail(str(error), error.exit_code, as_json)
     except KeyboardInterrupt:
         from pipelines.tracking import end_open_runs
 
         end_open_runs("KILLED")
-        _fail("Stopped. The same command goes on from here.", INTERRUPTED, as_json)
+        fail(STOPPED, INTERRUPTED, as_json)
     except Exception as error:
         mlflow = sys.modules.get("mlflow.exceptions")  # who raised it has imported it
         if mlflow is None or not isinstance(error, mlflow.MlflowException):
             raise
         lines = str(error.message).strip().splitlines()  # below the first are a stack and the statement
-        _fail(f"MLflow failed: {lines[0] if lines else error.error_code}", FAILED, as_json)
+        fail(f"MLflow failed: {lines[0] if lines else error.error_code}", FAILED, as_json)
 
 
 def finish(result: dict[str, Any], as_json: bool) -> NoReturn:
@@ -170,7 +174,8 @@ def finish(result: dict[str, Any], as_json: bool) -> NoReturn:
     sys.exit(code)
 
 
-def _fail(message: str, code: int, as_json: bool) -> None:
+def fail(message: str, code: int, as_json: bool) -> NoReturn:
+    """Say in one sentence why a command ends, and leave with its exit code."""
     if as_json:
         click.echo(json.dumps({"exit_code": code, "error": message}))
     from pipelines.progress import as_records, record

@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
 
-from jobs.common import INTERRUPTED, job, ray_session
+from jobs.common import INTERRUPTED, STOPPED, fail, job, ray_session
 
 
 @job("detr pipeline data.path=path/to/coco")
@@ -28,9 +29,12 @@ def main(settings, store: Path) -> dict:
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM as Ray hands it on
             end_open_runs("KILLED")
             # The stages run in the workflow's threads; they end with the process and are taken up by the next start.
-            click.echo("Stopped. The same command goes on from here.", err=True)
-            sys.stderr.flush()
-            os._exit(INTERRUPTED)
+            try:
+                with redirect_stdout(sys.__stdout__):
+                    fail(STOPPED, INTERRUPTED, click.get_current_context().params["as_json"])
+            finally:
+                sys.__stdout__.flush()
+                os._exit(INTERRUPTED)
     verdict, split = outcome["verdict"], "test" if "test" in outcome["AP"] else "val"
     lines = [
         f"AP {_show(outcome['AP'][split])}, AP50 {_show(outcome['AP50'][split])} on {split}.",

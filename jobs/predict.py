@@ -132,7 +132,10 @@ def _show(settings, store: Path, path: Path, model: str | None, output: str | No
     boxes, scores = found["boxes"], found["scores"]
     names = [detector.categories[label]["name"] for label in found["labels"]]
     target = Path(output) if output else Path(f"{path.stem}.detections.png")
-    draw_detections(image, boxes, names, scores).save(target)
+    try:
+        draw_detections(image, boxes, names, scores).save(target)
+    except (OSError, ValueError) as error:  # of Pillow: an extension that it does not know
+        raise UserError(f"{target} cannot be written: {error}.", 2) from error
     detections = [
         {"name": n, "score": round(float(s), 4), "box": [round(float(v), 1) for v in b]}
         for n, s, b in zip(names, scores, boxes, strict=True)

@@ -32,7 +32,7 @@ from pipelines.mirror import check_seen, name_of
 from pipelines.progress import console, progress
 from pipelines.settings import DataSettings, RunSettings, UserError, digest
 from pipelines.stage import read_json, write_json
-from pipelines.storage import Folder, from_task, is_remote, join, kind, list_files, plain, read_file
+from pipelines.storage import Folder, from_task, is_remote, join, kind, list_files, not_done, plain, read_file
 
 FORMAT = 1
 # A training reads a group for each of its images: small ones cost little, and 16 rows still stream well.
@@ -327,7 +327,10 @@ def _run(shards: list[tuple[str, str, int]], place: Folder) -> list[dict]:
     target = place.uri
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
-        result = write_shard_to(target, read_json(join(target, f"plans/{row['plan']}")))
+        try:
+            result = write_shard_to(target, read_json(join(target, f"plans/{row['plan']}")))
+        except OSError as error:  # a full disk
+            raise not_done(target, "written", error) from error
         count_images("ingest", result["rows"], len(result["rejects"]))
         return {"number": row["number"], "result": json.dumps(result)}
 

@@ -143,7 +143,8 @@ class _Lines(Progress):
     def stop(self) -> None:
         self._end.set()
         self._thread.join()
-        self._say()
+        if not self.live.transient:
+            self._say()
 
     def _say_again(self) -> None:
         while not self._end.wait(EVERY):

@@ -274,9 +274,11 @@ def check_writing(place: Place, probe: str) -> list[Finding]:
 
     probe: the name of a folder to do that in, which is there for the time of it.
     """
-    from pipelines.storage import _s3, is_remote, s3_client
+    from pipelines.storage import _s3, is_remote, plain, s3_client
 
     check = f"storage: {place.name}"
+    if not is_remote(place.uri) and os.path.isfile(plain(place.uri)):
+        return [wrong(check, f"{place.uri} is a file", "Name a folder.")]
     error, note = _try_writing(place, probe)
     if error is None and note:
         return [warning(check, f"{place.uri} keeps what is written, but {note}",

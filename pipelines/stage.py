@@ -19,7 +19,7 @@ from filelock import FileLock
 from pipelines.mirror import alone, fetch, name_of, publish
 from pipelines.progress import about
 from pipelines.settings import digest
-from pipelines.storage import Folder, is_remote
+from pipelines.storage import Folder, is_remote, not_done
 
 FORMAT = 1
 
@@ -37,11 +37,14 @@ def run_stage(
     The record is {"format", "stage", "version", "key", "folder", "settings", "inputs", "result",
     "seconds", "finished", "reused"}; `result` is what work returned (JSON-like). A lock keeps two
     processes from doing the same work side by side. What work raises is passed on, and nothing is
-    recorded then.
+    recorded then. Raises UserError where the folder cannot be made.
     """
     key = digest({"stage": stage, "version": version, "settings": settings, "inputs": inputs})
     folder = Path(store).resolve() / stage / key
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_done(folder, "made", error) from error
     record_path = folder / "stage.json"
     mirrored = is_remote(name_of(folder))
     with about(stage=stage, key=key), FileLock(str(folder / ".lock")), ExitStack() as ends:

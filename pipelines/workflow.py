@@ -6,9 +6,10 @@ the ledger remembers it or not. The ledger adds that a killed pipeline is taken 
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from rich.text import Text
 
+from pipelines.findings import bare
 from pipelines.mirror import fetch, name_of, publish, records
 from pipelines.progress import console
 from pipelines.settings import SAME_MODEL, RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, run_stage, write_json
-from pipelines.storage import is_remote, join
+from pipelines.storage import is_remote, join, not_done
 
 if TYPE_CHECKING:
     from pipelines.ingest import Source
@@ -283,6 +285,18 @@ def last_verdict(settings: RunSettings, store: Path, data: Record, checkpoint: P
     return None
 
 
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A library's log says nothing while the block runs, which tells what it raises by itself."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _trials(stages: list[Record]) -> dict[str, Any] | None:
     """What the sweep among the stages left in trials.json; None without one, or where an older version wrote it."""
     for record in stages:
@@ -299,9 +313,13 @@ def pipeline(settings: RunSettings, store: Path, found: Source) -> dict[str, Any
     code 3 and predictions by the standing champion. Raises UserError as the stages do.
     """
     from dbos import DBOS, DBOSPortableJSONSerializer
+    from sqlalchemy.exc import SQLAlchemyError
 
     store = Path(store).resolve()
-    store.mkdir(parents=True, exist_ok=True)
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_done(store, "made", error) from error
     # Other settings, data or stages are another workflow, whose steps are not taken from the ledger of this one.
     key = digest([settings.model_dump(mode="json"), APPLICATION_VERSION, VERSIONS, found.inputs])
     failed: list[BaseException] = []
@@ -341,7 +359,14 @@ def pipeline(settings: RunSettings, store: Path, found: Source) -> dict[str, Any
             "enable_otlp": False,
         }
     )
-    DBOS.launch()
+    try:
+        with _quiet("dbos"):  # it logs the whole stack
+            DBOS.launch()
+    except SQLAlchemyError as error:  # of a database its own words, without the statement
+        DBOS.destroy()
+        words = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        at = f" at {bare(settings.workflow.database)}" if settings.workflow.database else f" in {store}"
+        raise UserError(f"The pipeline's ledger{at} cannot be used: {words}. `detr doctor` looks at it.") from error
     # What a killed process left behind: taken up at the launch, through the ledger's own queue.
     waiting = DBOS.list_workflows(name="pipeline", status=["PENDING", "ENQUEUED"], executor_id=key)
     if waiting:

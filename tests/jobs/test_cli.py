@@ -471,3 +471,10 @@ def test_export_into_a_file_or_without_a_model(checkpoint, tmp_path):
     (tmp_path / "export").write_text("")
     result = export_to(tmp_path, checkpoint)
     assert result.exit_code == 2 and "is a file" in sentence(result)
+
+
+def test_a_store_that_is_a_file_is_said_at_once(tmp_path):
+    (tmp_path / "store").touch()
+    for command in ("ingest", "pipeline", "lineage"):
+        result = detr(command, "--store", str(tmp_path / "store"))
+        assert result.exit_code == 2 and "is a file; give a folder" in sentence(result)

@@ -132,6 +132,16 @@ def test_what_a_pipeline_left_can_be_followed_both_ways(killed, call):
         assert len(found["unknown"]) == 1
 
 
+def test_a_pipeline_that_is_stopped_says_so_as_json_too(tmp_path):
+    process = start("pipeline", tmp_path / "store")
+    while "sample done" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    result, log = finish(process, 130)
+    assert result == {"exit_code": 130, "error": "Stopped. The same command goes on from here."}
+    assert result["error"] in log and "Traceback" not in log
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_killed_ingest_goes_on_where_it_stopped(tmp_path, call):

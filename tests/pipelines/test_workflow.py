@@ -1,12 +1,14 @@
 """What a stage's result depends on."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from pipelines.look import Finding
 from pipelines.settings import RunSettings, UserError, override_settings
-from pipelines.stage import write_json
-from pipelines.workflow import _look, _training_inputs, _trials, evaluate_stage
+from pipelines.stage import run_stage, write_json
+from pipelines.workflow import _look, _training_inputs, _trials, evaluate_stage, pipeline
 
 DATA = {"result": {"digest": "d"}}
 
@@ -68,3 +70,18 @@ def test_the_report_takes_the_trials_of_this_version_only(tmp_path):
         write_json(tmp_path / "sweep" / "trials.json", {"format": number, "trials": []})
         assert (_trials(stages) is not None) == taken
     assert _trials(stages[:1]) is None
+
+
+def test_a_ledger_that_does_not_answer_is_one_sentence(tmp_path, capfd):
+    settings = override_settings(RunSettings(), {"workflow.database": "postgresql://me@127.0.0.1:9/ledger"})
+    with pytest.raises(UserError, match=r"ledger at postgresql://127\.0\.0\.1:9/ledger cannot be used: .*refused"):
+        pipeline(settings, tmp_path / "store", SimpleNamespace(inputs={}))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_store_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        pipeline(RunSettings(), tmp_path / "file" / "store", SimpleNamespace(inputs={}))
+    with pytest.raises(UserError, match="cannot be made"):
+        run_stage(tmp_path / "file", "train", 1, {}, {}, lambda folder: {})
