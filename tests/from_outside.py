@@ -12,13 +12,13 @@ import psutil
 class Watch:
     """Looks every second, from `with` to its end, at the processes that pids() gives.
 
-    commands: all their command lines; beyond: {(command line, address)} of what listens on more than loopback.
+    commands: all their command lines; beyond: {(command line, port)} of what listens on more than loopback.
     """
 
     def __init__(self, pids: Callable[[], Iterable[int]]):
         self.pids, self.looks = pids, 0
         self.commands: set[str] = set()
-        self.beyond: set[tuple[str, str]] = set()
+        self.beyond: set[tuple[str, int]] = set()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look_again, daemon=True)
 
@@ -44,7 +44,7 @@ class Watch:
             if one.status == psutil.CONN_LISTEN:
                 address = ipaddress.ip_address(one.laddr.ip)
                 if not (getattr(address, "ipv4_mapped", None) or address).is_loopback:
-                    self.beyond.add((command, one.laddr.ip))
+                    self.beyond.add((command, one.laddr.port))
 
 
 def descendants(pid: int) -> list[int]:

@@ -101,7 +101,7 @@ def new_database(uri: str, name: str) -> str:
 
 
 class MlflowServer:
-    """Start with `with MlflowServer(folder, postgres.uri) as server`: url, and user and password of its admin.
+    """Start with `with MlflowServer(folder, postgres.uri) as server`: url, user and password of its admin, database.
 
     Artifacts go through the server into a folder of its own; no one reads or writes without a password.
     """
@@ -120,6 +120,7 @@ class MlflowServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = secrets.token_hex(4)
         runs, users = (new_database(self.postgres, f"{kind}_{name}") for kind in ("mlflow", "users"))
+        self.database = runs
         auth = configparser.ConfigParser(interpolation=None)
         auth["mlflow"] = {"default_permission": "READ", "database_uri": users, "admin_username": self.user,
                           "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",

@@ -11,7 +11,7 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
-ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
+ACCESS_KEY, SECRET_KEY = "test:tester", "a-key-that-nothing-shows"
 PAGE = 100  # keys in one answer; S3's own have 1,000, which take Swift most of a minute to store
 SERVERS = ("account", "container", "object")
 PIPELINE = "catch_errors gatekeeper healthcheck listing_formats bulk s3api tempauth slo dlo proxy-server"

@@ -65,11 +65,19 @@ class RayHead:
         """Start another node beside it, which keeps what its environment says for itself."""
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--address", self.gcs, "--num-cpus",
                    str(cpus), "--object-store-memory", "200000000", "--min-worker-port", "0", "--max-worker-port", "0",
-                   "--dashboard-agent-listen-port", "0", "--disable-usage-stats"]  # fmt: skip
-        with (self.folder / f"node-{len(self.nodes)}.log").open("w") as log:
+                   "--dashboard-agent-listen-port", "0", "--disable-usage-stats",
+                   # Its own: a node deletes a job's code when it needs it no more, and others may still.
+                   "--temp-dir", str(self.folder / f"n{len(self.nodes)}")]  # fmt: skip
+        log = self.folder / f"node-{len(self.nodes)}.log"
+        with log.open("w") as said:
             self.nodes.append(subprocess.Popen(
-                command, env=self.environment | variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=self.environment | variables, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
             ))  # fmt: skip
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in log.read_text():  # two at once do not start on one machine
+            if self.nodes[-1].poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"Ray's node did not start:\n{log.read_text()}")
+            time.sleep(0.2)
 
     def _asks_for_a_token(self) -> bool:
         try:
