@@ -198,6 +198,7 @@ def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
     # More workers than cores are meant here, which Ray warns of every few seconds.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "maximum expected startup concurrency")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # So soon a checkpoint that was reported is known, and a training beside it validated; Ray asks every two seconds.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # Workers keep the large blocks a training step frees and asks for again; glibc would give them back to the

@@ -27,6 +27,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 LOG = "DETR_LOG"  # the environment variable
@@ -93,6 +94,8 @@ def say_all_as_records() -> None:
 class _Stderr(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         if not as_records():
+            if not self.is_terminal and not any(isinstance(one, Table) for one in objects):
+                options = {"soft_wrap": True} | options  # a file has no width, and paths are looked for in one piece
             super().print(*objects, **options)
             return
         page = Console(file=io.StringIO(), highlight=False, markup=False, width=self.width)

@@ -113,6 +113,19 @@ def test_the_documented_commands_for_a_cluster_are_understood(monkeypatch):
         assert any(words[0] == "submit" for words in asked)
 
 
+OF_OTHERS = ("ray start ", "ray get-auth-token ", "mlflow server ")
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith(OF_OTHERS)])
+def test_a_documented_command_of_others_has_these_options(command):
+    from mlflow.cli import cli as mlflow_commands
+    from ray.scripts.scripts import cli as ray_commands
+
+    program, name, *words = shlex.split(command.partition(" > ")[0].rstrip(" &"))
+    group = {"ray": ray_commands, "mlflow": mlflow_commands}[program]
+    group.get_command(None, name).make_context(name, words)
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
 def test_a_documented_target_exists(command):
     target = command.split()[1]
