@@ -246,8 +246,7 @@ def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
     import ray.tune
 
     if threading.current_thread() is threading.main_thread():
-        # A clean stop, as Ctrl-C is; Ray would just leave.
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _stop)  # Ray would just leave
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):  # their own imports set them up
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -257,6 +256,13 @@ def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _stop(number: int, frame: Any) -> None:
+    """A clean stop, as Ctrl-C is, also where a script started us in its background, where Ctrl-C is not heard."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def wait_for_gpus(count: int, local: bool) -> None:

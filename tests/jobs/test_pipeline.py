@@ -132,11 +132,16 @@ def test_what_a_pipeline_left_can_be_followed_both_ways(killed, call):
         assert len(found["unknown"]) == 1
 
 
-def test_a_pipeline_that_is_stopped_says_so_as_json_too(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_pipeline_that_is_stopped_says_so_as_json_too(tmp_path, how):
+    before = signal.getsignal(signal.SIGINT)
+    if how == signal.SIGTERM:  # as in the background of a script, which hears no Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     process = start("pipeline", tmp_path / "store")
-    while "sample done" not in process.stderr.readline():
+    signal.signal(signal.SIGINT, before)
+    while "ingest done" not in process.stderr.readline():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     result, log = finish(process, 130)
     assert result == {"exit_code": 130, "error": "Stopped. The same command goes on from here."}
     assert result["error"] in log and "Traceback" not in log

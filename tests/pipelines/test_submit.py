@@ -323,7 +323,7 @@ def test_a_token_goes_where_it_must_and_nowhere_else(way, monkeypatch, tmp_path)
             assert headers.pop("Authorization") == f"Bearer {token}"
             sent = str(headers).encode() + body
             assert not any(value.encode() in sent for value in (token, *secrets.values()))
-        assert set(submissions(api)[0]["runtime_env"]["env_vars"]) == {"RAY_JOB_STOP_WAIT_TIME_S"}
+        assert set(submissions(api)[0]["runtime_env"]["env_vars"]) == {"DETR_JOB", "RAY_JOB_STOP_WAIT_TIME_S"}
         assert token not in result.output
     assert submitting.api_address("https://ray.example.org") == "https://ray.example.org"
 
