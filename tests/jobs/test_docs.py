@@ -113,6 +113,17 @@ def test_the_documented_commands_for_a_cluster_are_understood(monkeypatch):
         assert any(words[0] == "submit" for words in asked)
 
 
+def test_the_python_of_the_guide_finds_what_it_imports():
+    """The README's and that of the attention maps are run by tests of their own."""
+    blocks = [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)]
+    imports = [node for code in blocks for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    assert len(blocks) >= 6 and len(imports) >= 8
+    for node in imports:
+        namespace = {}
+        exec(ast.unparse(node), namespace)
+        assert {alias.name for alias in node.names} <= namespace.keys()
+
+
 OF_OTHERS = ("ray start ", "ray get-auth-token ", "mlflow server ")
 
 
