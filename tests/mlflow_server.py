@@ -92,9 +92,10 @@ class Postgres:
 
 
 def new_database(uri: str, name: str) -> str:
-    """An empty database beside the one of a URI; returns the URI of the new one."""
+    """An empty database beside the one of a URI, with a name that begins so; returns the URI of the new one."""
     import psycopg
 
+    name = f"{name}_{secrets.token_hex(4)}"
     with psycopg.connect(_libpq(uri), autocommit=True) as connection:
         connection.execute(psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(name)))
     return re.sub(r"/[^/]*$", f"/{name}", uri)
@@ -118,8 +119,7 @@ class MlflowServer:
 
     def __enter__(self) -> MlflowServer:
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = secrets.token_hex(4)
-        runs, users = (new_database(self.postgres, f"{kind}_{name}") for kind in ("mlflow", "users"))
+        runs, users = (new_database(self.postgres, kind) for kind in ("mlflow", "users"))
         self.database = runs
         auth = configparser.ConfigParser(interpolation=None)
         auth["mlflow"] = {"default_permission": "READ", "database_uri": users, "admin_username": self.user,

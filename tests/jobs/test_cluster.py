@@ -176,7 +176,7 @@ def all_objects(bucket: str) -> Iterator[tuple[str, bytes]]:
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_a_training_is_submitted_from_a_terminal_that_is_closed_and_nobody_sees_a_secret(
-    shared, tmp_path, mlflow_server, postgres, monkeypatch
+    shared, tmp_path, mlflow_server, monkeypatch
 ):
     ledger = os.environ["PGPASSWORD"]
     home, nodes = tmp_path / "home", [tmp_path / "node-1", tmp_path / "node-2"]
@@ -236,7 +236,7 @@ def test_a_training_is_submitted_from_a_terminal_that_is_closed_and_nobody_sees_
         folders = (*nodes, home, tmp_path / "head", mlflow_server.folder)
         found = [*places.items(), *all_objects("team"), *all_files(*folders)]
         found += [item for item in all_files(head.folder) if item[0] != str(head.token_path)]
-        for database in (mlflow_server.database, postgres.rpartition("/")[0] + "/ledger"):
+        for database in (mlflow_server.database, shared[1].partition("=")[2]):
             found += all_rows(database)
     assert watch.looks > 20 and any("RayTrainWorker" in command for command in watch.commands)
     assert len(found) > 100
