@@ -73,7 +73,7 @@ class RayHead:
             self.nodes.append(subprocess.Popen(
                 command, env=self.environment | variables, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
             ))  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while "Ray runtime started" not in log.read_text():  # two at once do not start on one machine
             if self.nodes[-1].poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Ray's node did not start:\n{log.read_text()}")
