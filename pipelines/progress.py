@@ -132,6 +132,10 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+
+
 class _Lines(Progress):
     """For where no terminal is: a line for each task twice a minute, and in the end."""
 
@@ -157,7 +161,7 @@ class _Lines(Progress):
         for task in self.tasks:
             rate, left = RateColumn().render(task).plain, task.fields.get("left", task.time_remaining)
             words = [
-                f"{task.completed:g}" + (f" of {task.total:g}" if task.total is not None else ""), rate,
+                _number(task.completed) + (f" of {_number(task.total)}" if task.total is not None else ""), rate,
                 f"{duration(left)} left" if left and not task.finished else "", task.fields["note"],
             ]  # fmt: skip
             line = f"  {task.description}: {', '.join(word for word in words if word)}"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pipelines import progress
+from pipelines import progress, tracking
 from pipelines.progress import about, console, message_of, track
 
 
@@ -20,6 +20,7 @@ def soon(monkeypatch):
 @pytest.fixture
 def records(monkeypatch, capsys):
     monkeypatch.setenv(progress.LOG, "json")
+    monkeypatch.setattr(tracking, "_open", {})  # other tests' runs
 
     def read() -> list[dict]:
         said = capsys.readouterr()
