@@ -360,9 +360,14 @@ class Tracker:
         self.client().log_inputs(run_id, [DatasetInput(dataset, tags)])
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
-        """Close a run that this process started as FINISHED, FAILED or KILLED; one that is closed stays as it is."""
+        """Close a run that this process started as FINISHED, FAILED or KILLED; one that is closed stays as it is.
+
+        Where another process closed it as stopped, and this one fails of that, it stays so, too.
+        """
         if _open.pop(run_id, None):
-            self.client().set_terminated(run_id, status)
+            client = self.client()
+            if status != "FAILED" or client.get_run(run_id).info.status == "RUNNING":
+                client.set_terminated(run_id, status)
 
     def end_training(self, run_id: str, status: str, tags: Mapping[str, str]) -> None:
         """Close the run of a training that another process did and was ended in, with tags that say why."""

@@ -409,3 +409,13 @@ def test_two_processes_may_open_a_new_store_at_once_and_stdout_stays_empty(tmp_p
             assert done.stdout == "" and done.stderr == ""
     mine = tracker(load_settings(), tmp_path / "store", "digits")
     assert len(mine.client().search_runs([mine.experiment_id()])) == 2
+
+
+def test_a_run_that_was_closed_as_stopped_is_not_closed_as_failed_by_who_failed_of_it(tmp_path):
+    here = tracker(load_settings(), tmp_path, "photos")
+    for by_another, ended in (("KILLED", "KILLED"), (None, "FAILED")):
+        run_id = here.start_run("a trial")
+        if by_another:
+            here.client().set_terminated(run_id, by_another)
+        here.end_run(run_id, "FAILED")
+        assert here.client().get_run(run_id).info.status == ended
