@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background; tests start what is to hear Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup; nor that their terminal is closed
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
