@@ -1,6 +1,7 @@
 """`detr`: the commands, each a module of its own that is imported when it is called."""
 from __future__ import annotations
 
+import difflib
 import importlib
 
 import click
@@ -40,6 +41,15 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         return importlib.import_module(f"jobs.{name}").main
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], COMMANDS, 1)
+            if not near:
+                raise
+            raise click.UsageError(f"There is no command {args[0]!r}; did you mean {near[0]!r}?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

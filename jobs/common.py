@@ -325,17 +325,26 @@ def read_image(settings, path: Path):
         raise UserError(f"{path} cannot be used: {error}.") from error
 
 
+def last_training(store: Path) -> dict[str, Any]:
+    """The record of the last training in this store; UserError where there is none."""
+    from pipelines.settings import UserError
+    from pipelines.workflow import latest
+
+    training = latest(store, "train")
+    if training is None:
+        raise UserError("Nothing has been trained in this store yet; run `detr train`, or give --checkpoint.", 2)
+    return training
+
+
 def latest_checkpoint(settings, store: Path, data: dict[str, Any], given: str | None) -> tuple[Path, str | None]:
     """The checkpoint a command works on, and its MLflow run: the one given, or the last trained in this store."""
     from pipelines.settings import UserError
-    from pipelines.workflow import download_model, latest
+    from pipelines.workflow import download_model
 
     if given is not None:
         place = download_model(settings, store, data, given)[0]
         return place, None
-    training = latest(store, "train")
-    if training is None:
-        raise UserError("Nothing has been trained in this store yet; run `detr train`, or give --checkpoint.", 2)
+    training = last_training(store)
     if training["inputs"]["dataset"] != data["result"]["digest"]:
         raise UserError(
             "The last training in this store was on another dataset; run `detr train` on this one, or give "

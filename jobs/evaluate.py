@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from jobs.common import job, latest_checkpoint, ray_session
+from jobs.common import job, last_training, latest_checkpoint, ray_session
 
 
 @click.option("--checkpoint", metavar="FOLDER|models:/…", help="By default the last one trained in this store.")
@@ -19,6 +19,8 @@ def main(settings, store: Path, checkpoint: str | None, split: str, against: str
     from pipelines.workflow import download_model, evaluate_stage, ingest_stage
 
     comparison = None
+    if checkpoint is None:
+        last_training(store)  # before images are read
     with ray_session(settings):
         data = ingest_stage(settings, store)
         place, _ = latest_checkpoint(settings, store, data, checkpoint)

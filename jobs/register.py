@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from jobs.common import job, latest_checkpoint, ray_session
+from jobs.common import job, last_training, latest_checkpoint, ray_session
 
 
 @click.option("--checkpoint", metavar="FOLDER", help="By default the last one trained in this store.")
@@ -14,6 +14,8 @@ def main(settings, store: Path, checkpoint: str | None) -> dict:
     """Put a checkpoint into the MLflow registry, evaluated on val first if need be."""
     from pipelines.workflow import evaluate_stage, ingest_stage, register_stage, run_of
 
+    if checkpoint is None:
+        last_training(store)  # before images are read
     with ray_session(settings):
         data = ingest_stage(settings, store)
         place, run_id = latest_checkpoint(settings, store, data, checkpoint)

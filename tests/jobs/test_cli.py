@@ -236,6 +236,7 @@ def test_register_does_not_call_a_split_without_ground_truth_a_zero(monkeypatch,
     import pipelines.workflow
 
     monkeypatch.setattr("jobs.register.ray_session", lambda settings: contextlib.nullcontext())
+    monkeypatch.setattr("jobs.register.last_training", lambda store: {})
     monkeypatch.setattr("jobs.register.latest_checkpoint", lambda *given: ("mine", "the-run"))
     for name, result in (("ingest", {}), ("evaluate", {"AP": ap}), ("register", {"uri": "models:/cats/1"})):
         monkeypatch.setattr(pipelines.workflow, f"{name}_stage", lambda *given, r=result: {"result": r})
@@ -478,3 +479,17 @@ def test_a_store_that_is_a_file_is_said_at_once(tmp_path):
     for command in ("ingest", "pipeline", "lineage"):
         result = detr(command, "--store", str(tmp_path / "store"))
         assert result.exit_code == 2 and "is a file; give a folder" in sentence(result)
+
+
+def test_a_misspelt_command_is_told_the_nearest_one():
+    result = detr("tran", "model=tiny")
+    assert result.exit_code == 2 and "There is no command 'tran'; did you mean 'train'?" in result.stderr
+    result = detr("xyzzy")
+    assert result.exit_code == 2 and "xyzzy" in result.stderr and "mean" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["evaluate", "register"])
+def test_where_nothing_was_trained_no_image_is_read(tmp_path, command):
+    result = detr(command, "--store", str(tmp_path / "store"))
+    assert result.exit_code == 2 and "Nothing has been trained in this store yet" in sentence(result)
+    assert not list(tmp_path.rglob("*.parquet"))
