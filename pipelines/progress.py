@@ -168,7 +168,7 @@ class _Lines(Progress):
             if as_records():
                 record(line.strip(), done=task.completed, total=task.total, seconds_left=left)
             else:
-                self.console.print(line, soft_wrap=True)
+                self.console.print(line)
 
 
 def progress(**options: Any) -> Progress:
