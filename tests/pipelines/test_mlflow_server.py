@@ -155,9 +155,8 @@ def test_who_may_not_see_a_model_is_told_so(tracked, mlflow_server, log_in, tmp_
 
 
 def test_runs_in_a_postgresql_of_ones_own_with_the_password_in_the_environment(postgres, tmp_path, monkeypatch):
-    name = f"runs_{secrets.token_hex(4)}"
-    parts = psycopg.conninfo.conninfo_to_dict(new_database(postgres, name).replace("+psycopg", ""))
-    place = f"postgresql://{parts['user']}@{parts['host']}:{parts['port']}/{name}"
+    parts = psycopg.conninfo.conninfo_to_dict(new_database(postgres, "runs").replace("+psycopg", ""))
+    place = f"postgresql://{parts['user']}@{parts['host']}:{parts['port']}/{parts['dbname']}"
     monkeypatch.setenv("PGPASSWORD", parts["password"])
     mine = tracker(load_settings(None, [f"tracking.uri={place}"]), tmp_path, "digits")
     run_id = mine.start_run("train")
