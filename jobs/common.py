@@ -336,18 +336,25 @@ def last_training(store: Path) -> dict[str, Any]:
     return training
 
 
-def latest_checkpoint(settings, store: Path, data: dict[str, Any], given: str | None) -> tuple[Path, str | None]:
-    """The checkpoint a command works on, and its MLflow run: the one given, or the last trained in this store."""
+def find_checkpoint(settings, store: Path, given: str | None) -> Callable[[dict[str, Any]], tuple[Path, str | None]]:
+    """Look for the checkpoint that a command works on, before images are read: that given, or the last one trained.
+
+    What is returned takes the record of the dataset and gives the checkpoint's folder and its MLflow run, if known.
+    """
     from pipelines.settings import UserError
     from pipelines.workflow import download_model
 
     if given is not None:
-        place = download_model(settings, store, data, given)[0]
-        return place, None
+        place = download_model(settings, store, given)[0]
+        return lambda data: (place, None)
     training = last_training(store)
-    if training["inputs"]["dataset"] != data["result"]["digest"]:
-        raise UserError(
-            "The last training in this store was on another dataset; run `detr train` on this one, or give "
-            "--checkpoint.", 2,
-        )  # fmt: skip
-    return Path(training["folder"]) / "checkpoint", training["result"]["run_id"]
+
+    def of_dataset(data: dict[str, Any]) -> tuple[Path, str | None]:
+        if training["inputs"]["dataset"] != data["result"]["digest"]:
+            raise UserError(
+                f"The last training in this store was on another dataset than {data['result']['name']} as it is now; "
+                "run `detr train` on this one, or give --checkpoint.", 2,
+            )  # fmt: skip
+        return Path(training["folder"]) / "checkpoint", training["result"]["run_id"]
+
+    return of_dataset

@@ -23,15 +23,14 @@ def main(settings, store: Path, split: str, images: int, coco: str | None, outpu
     from rich.console import Console
 
     from pipelines.describe import describe, description_tables, draw_dataset
-    from pipelines.ingest import source
     from pipelines.look import findings_table, look_at_data
     from pipelines.settings import UserError
     from pipelines.shards import to_coco
-    from pipelines.workflow import data_path, ingest_stage
+    from pipelines.workflow import find_data
 
-    found = source(settings, data_path(settings, store))
+    read = find_data(settings, store)
     with ray_session(settings):
-        data = ingest_stage(settings, store, found)
+        data = read()
     folder = Path(data["folder"])
     shown, findings = describe(folder), look_at_data(folder, settings)
     picture = Path(output) if output else folder / "data.png"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from jobs.common import job, last_training, latest_checkpoint, ray_session
+from jobs.common import find_checkpoint, job, ray_session
 
 
 @click.option("--checkpoint", metavar="FOLDER|models:/…", help="By default the last one trained in this store.")
@@ -16,15 +16,15 @@ def main(settings, store: Path, checkpoint: str | None, split: str, against: str
     """Measure a checkpoint on a split: the 12 COCO numbers, AP per class with intervals, the kinds of errors."""
     from pipelines.compare import compare_evaluations
     from pipelines.stage import read_json
-    from pipelines.workflow import download_model, evaluate_stage, ingest_stage
+    from pipelines.workflow import download_model, evaluate_stage, find_data
 
     comparison = None
-    if checkpoint is None:
-        last_training(store)  # before images are read
+    of_dataset = find_checkpoint(settings, store, checkpoint)
+    other = download_model(settings, store, against)[0] if against else None
+    read = find_data(settings, store)
     with ray_session(settings):
-        data = ingest_stage(settings, store)
-        place, _ = latest_checkpoint(settings, store, data, checkpoint)
-        other = download_model(settings, store, data, against)[0] if against else None
+        data = read()
+        place, _ = of_dataset(data)
         # The other first: the store's last evaluation is to be one's own.
         standing = evaluate_stage(settings, store, data, other, split) if other is not None else None
         record = evaluate_stage(settings, store, data, place, split)

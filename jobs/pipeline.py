@@ -16,12 +16,13 @@ def main(settings, store: Path) -> dict:
     """Run all stages; killed and started again it goes on, and what is done already is not done again."""
     from pipelines.ingest import source
     from pipelines.tracking import end_open_runs
-    from pipelines.workflow import data_path, pipeline
+    from pipelines.workflow import check_training, data_path, pipeline
 
     if settings.sweep.in_pipeline:
         from pipelines.sweep import plan
 
         plan(settings)
+    check_training(settings, store)
     found = source(settings, data_path(settings, store))  # what is wrong is said before Ray starts
     with ray_session(settings, dashboard=settings.sweep.in_pipeline):
         try:

@@ -19,14 +19,16 @@ def main(settings, store: Path, version: str | None, why: str) -> dict:
     from pipelines.registry import newest_version, registered_name
     from pipelines.settings import UserError
     from pipelines.tracking import tracker
-    from pipelines.workflow import download_model, evaluate_stage, ingest_stage, promote_stage
+    from pipelines.workflow import check_tracking, download_model, evaluate_stage, find_data, promote_stage
 
+    check_tracking(settings, store)
+    read = find_data(settings, store)
     with ray_session(settings):
-        data = ingest_stage(settings, store)
+        data = read()
         name = registered_name(settings, data["result"]["name"])
         version = version or newest_version(tracker(settings, store, data["result"]["name"]), name)
         try:
-            place, _, _ = download_model(settings, store, data, f"models:/{name}/{version}")
+            place, _, _ = download_model(settings, store, f"models:/{name}/{version}")
         except UserError as error:
             if error.exit_code == 2:  # there is no such version
                 raise

@@ -5,20 +5,21 @@ from pathlib import Path
 
 import click
 
-from jobs.common import job, last_training, latest_checkpoint, ray_session
+from jobs.common import find_checkpoint, job, ray_session
 
 
 @click.option("--checkpoint", metavar="FOLDER", help="By default the last one trained in this store.")
 @job("detr register")
 def main(settings, store: Path, checkpoint: str | None) -> dict:
     """Put a checkpoint into the MLflow registry, evaluated on val first if need be."""
-    from pipelines.workflow import evaluate_stage, ingest_stage, register_stage, run_of
+    from pipelines.workflow import check_tracking, evaluate_stage, find_data, register_stage, run_of
 
-    if checkpoint is None:
-        last_training(store)  # before images are read
+    check_tracking(settings, store)
+    of_dataset = find_checkpoint(settings, store, checkpoint)
+    read = find_data(settings, store)
     with ray_session(settings):
-        data = ingest_stage(settings, store)
-        place, run_id = latest_checkpoint(settings, store, data, checkpoint)
+        data = read()
+        place, run_id = of_dataset(data)
         evaluation = evaluate_stage(settings, store, data, place, "val")
         run_id = run_id or run_of(settings, store, data, place)
         result = register_stage(settings, store, data, place, run_id, evaluation)["result"]

@@ -3,17 +3,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.common import job, latest_checkpoint, ray_session
+from jobs.common import find_checkpoint, job, ray_session
 
 
 @job("detr report")
 def main(settings, store: Path) -> dict:
     """Write one self-contained HTML page about the last training in this store."""
-    from pipelines.workflow import evaluate_stage, ingest_stage, last_verdict, latest, report_stage
+    from pipelines.workflow import check_tracking, evaluate_stage, find_data, last_verdict, latest, report_stage
 
+    check_tracking(settings, store)
+    of_dataset = find_checkpoint(settings, store, None)
+    read = find_data(settings, store)
     with ray_session(settings):
-        data = ingest_stage(settings, store)
-        checkpoint, _ = latest_checkpoint(settings, store, data, None)
+        data = read()
+        checkpoint, _ = of_dataset(data)
         splits = [s for s in ("val", "test") if s in data["result"]["images"]]
         evaluations = [evaluate_stage(settings, store, data, checkpoint, s) for s in splits]
         training, predictions, trials = (latest(store, stage) for stage in ("train", "predict", "sweep"))

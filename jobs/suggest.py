@@ -13,14 +13,13 @@ def main(settings, store: Path) -> dict:
     """Measure training steps with growing batches on this machine; say which batch size and learning rate suit it."""
     from rich.console import Console
 
-    from pipelines.ingest import source
     from pipelines.suggest import suggest, suggestion_table
     from pipelines.train import uses_gpu
-    from pipelines.workflow import data_path, ingest_stage
+    from pipelines.workflow import find_data
 
-    found = source(settings, data_path(settings, store))
+    read = find_data(settings, store)
     with ray_session(settings):
-        data = ingest_stage(settings, store, found)
+        data = read()
         advice = suggest(settings, Path(data["folder"]), uses_gpu(settings))
     page = Console(file=io.StringIO(), width=shutil.get_terminal_size((120, 24)).columns)
     page.print(suggestion_table(advice))

@@ -9,12 +9,12 @@ from jobs.common import job, ray_session
 @job("detr train data.path=path/to/coco train.budget='20 minutes'")
 def main(settings, store: Path) -> dict:
     """Train on data.path (ingested first if need be); stopped and started again it goes on."""
-    from pipelines.ingest import source
-    from pipelines.workflow import data_path, ingest_stage, train_stage
+    from pipelines.workflow import check_training, find_data, train_stage
 
-    found = source(settings, data_path(settings, store))
+    check_training(settings, store)
+    read = find_data(settings, store)
     with ray_session(settings):
-        record = train_stage(settings, store, ingest_stage(settings, store, found))
+        record = train_stage(settings, store, read())
     result = record["result"]
     folder = str(Path(record["folder"]) / "checkpoint")
     text = f"AP {result['AP']:.3f}, AP50 {result['AP50']:.3f} on val after {result['steps']} steps: {folder}"

@@ -296,8 +296,9 @@ def _run_facts(mlflow: Tracker, run_id: str) -> tuple[dict[str, Any] | None, str
 
 
 def _changed(told: dict[str, Any]) -> dict[str, Any]:
-    """Of settings by dotted name those that shape a model and are not the default."""
+    """Of settings by dotted name those that shape a model and are not the default, nor the data's, as classes are."""
     usual = flatten(RunSettings().model_dump(mode="json"))
+    del usual["model.num_classes"]
     return {key: value for key, value in told.items()
             if key.split(".")[0] in SHAPES_A_MODEL and key in usual and value != usual[key]}  # fmt: skip
 

@@ -109,6 +109,21 @@ def champion(tracker: Tracker, model_name: str) -> dict[str, Any] | None:
     return _info(found) if found else None
 
 
+def check_champion(tracker: Tracker, model_name: str) -> None:
+    """Raises UserError where the model has no champion: what became of its newest version, and how to use that."""
+    if champion(tracker, model_name):
+        return
+    number = newest_version(tracker, model_name)
+    tags = _version(tracker, model_name, number).tags
+    why = tags["verdict_reason"].rstrip(".") if tags.get("verdict") == "refused" else (
+        f"Version {number} was not promoted, or is no longer champion"
+    )  # fmt: skip
+    raise UserError(
+        f"{model_name!r} has no champion. {why}; to use that version nevertheless, say --model "
+        f"models:/{model_name}/{number}.", 2,
+    )  # fmt: skip
+
+
 def newest_version(tracker: Tracker, model_name: str) -> str:
     """The highest version number of a registered model. Raises UserError if it has none."""
     versions = tracker.client().search_model_versions(f"name = '{model_name}'")

@@ -51,6 +51,24 @@ def data_path(settings: RunSettings, store: Path) -> str:
     return name_of(Path(sample_stage(settings, store)["folder"]) / "sample")
 
 
+def find_data(settings: RunSettings, store: Path) -> Callable[[], Record]:
+    """Look for the dataset to work on, before Ray is started; what is returned gives its record, where Ray runs.
+
+    Where neither `data` nor `sample` is told anything, it is the one that this store worked on last, and that is said.
+    Raises UserError as `source` does.
+    """
+    from pipelines.ingest import source
+
+    usual = RunSettings()
+    last = latest(store, "ingest") if (settings.data, settings.sample) == (usual.data, usual.sample) else None
+    if last is None or last["version"] != VERSIONS["ingest"]:
+        found = source(settings, data_path(settings, store))
+        return lambda: ingest_stage(settings, store, found)
+    read = last["finished"][:16].replace("T", " ")
+    console.print(f"Without data.path: the last dataset of this store, {last['result']['name']}, as read {read} UTC.")
+    return lambda: last
+
+
 def ingest_stage(settings: RunSettings, store: Path, found: Source | None = None) -> Record:
     """Shards of the data (of what `source` found, if it was asked); the record's folder holds dataset.json."""
     from pipelines.ingest import ingest, source
@@ -73,6 +91,20 @@ def sweep_stage(settings: RunSettings, store: Path, data: Record) -> Record:
         return sweep(settings, Path(data["folder"]), folder, _tracker(settings, store, data), name)
 
     return _stage(store, "sweep", chosen, _training_inputs(settings, data), work)
+
+
+def check_training(settings: RunSettings, store: Path) -> None:
+    """Raise UserError where the weights to start from or the place of runs cannot be had, before images are read."""
+    _weights_inputs(settings)
+    check_tracking(settings, store)
+
+
+def check_tracking(settings: RunSettings, store: Path) -> None:
+    """Raise UserError where `tracking.uri` does not answer, or does not know us; one's own file needs no asking."""
+    if settings.tracking.uri is not None:
+        from pipelines.tracking import tracker
+
+        tracker(settings, store, "")
 
 
 def train_stage(settings: RunSettings, store: Path, data: Record) -> Record:
@@ -139,7 +171,7 @@ def promote_stage(
     if evaluation is not None:
         split, seen, base_known = evaluation["result"]["split"], None, True
         with suppress(UserError):  # the gate examines the files itself, and says what is wrong
-            place, _, _ = download_model(settings, store, data, f"models:/{name}/{version}")
+            place, _, _ = download_model(settings, store, f"models:/{name}/{version}")
             seen, base_known = seen_in_training(place, dataset_folder, split)
         rejected = rejected_share(dataset_folder, split)
         measured = {**evaluation["result"], "data": {"seen": seen, "base_known": base_known, "rejected": rejected}}
@@ -156,8 +188,6 @@ def promote_stage(
     )
     if is_remote(name_of(folder)):
         publish(folder)
-    verdict = record["result"]
-    console.print(f"{'Promoted' if verdict['promoted'] else 'Refused'}: {verdict['reason']}")
     return record
 
 
@@ -418,7 +448,7 @@ def _run_stages(
     champion = verdict["result"]["champion"]
     if champion is not None:
         try:
-            place, _, _ = download_model(settings, store, data, f"models:/{name}/{champion}")
+            place, _, _ = download_model(settings, store, f"models:/{name}/{champion}")
         except UserError as error:  # of a champion that stays one: the page says why nothing could beat it
             console.print(f"Nothing is predicted. {error}")
         else:
@@ -465,11 +495,12 @@ def _images_to_predict(settings: RunSettings, store: Path, data: Record, split: 
     return listed, override_settings(settings, {"data.images": source["images"]})
 
 
-def download_model(settings: RunSettings, store: Path, data: Record, uri: str) -> tuple[Path, str, str]:
+def download_model(settings: RunSettings, store: Path, uri: str) -> tuple[Path, str, str]:
     """A registered model's checkpoint folder on this machine, its name and version."""
     from pipelines.registry import download
+    from pipelines.tracking import tracker
 
-    return download(_tracker(settings, store, data), uri, Path(store) / "models")
+    return download(tracker(settings, store, ""), uri, Path(store) / "models")
 
 
 def find_name(settings: RunSettings, store: Path, name: str | None):
@@ -486,14 +517,16 @@ def find_name(settings: RunSettings, store: Path, name: str | None):
 
 def find_model(settings: RunSettings, store: Path, uri: str | None) -> tuple[Path, str, str]:
     """Checkpoint folder, name and version of a model: the one given, or the champion for the store's last dataset."""
-    data = latest(store, "ingest")
     if uri is None:
-        from pipelines.registry import registered_name
+        from pipelines.registry import CHAMPION, check_champion, registered_name
 
+        data = latest(store, "ingest")
         if data is None:
             raise UserError("This store holds no dataset, so there is no champion; give --model.", 2)
-        uri = f"models:/{registered_name(settings, data['result']['name'])}@champion"
-    return download_model(settings, store, data or {"result": {"name": "detr"}}, uri)
+        name = registered_name(settings, data["result"]["name"])
+        check_champion(_tracker(settings, store, data), name)
+        uri = f"models:/{name}@{CHAMPION}"
+    return download_model(settings, store, uri)
 
 
 def run_of(settings: RunSettings, store: Path, data: Record, checkpoint: Path) -> str:
@@ -556,11 +589,15 @@ def _training_settings(settings: RunSettings) -> dict[str, Any]:
 
 def _training_inputs(settings: RunSettings, data: Record) -> dict[str, Any]:
     """Digests of the dataset, and of the weights to start from: another file at the same path is another training."""
+    return {"dataset": data["result"]["digest"], **_weights_inputs(settings)}
+
+
+def _weights_inputs(settings: RunSettings) -> dict[str, Any]:
     import pyarrow.fs
 
     from pipelines.storage import filesystem
 
-    inputs = {"dataset": data["result"]["digest"]}
+    inputs = {}
     for key in ("init_from", "backbone_weights"):
         given = getattr(settings.train, key)
         if given and given != "imagenet":

@@ -236,9 +236,9 @@ def test_register_does_not_call_a_split_without_ground_truth_a_zero(monkeypatch,
     import pipelines.workflow
 
     monkeypatch.setattr("jobs.register.ray_session", lambda settings: contextlib.nullcontext())
-    monkeypatch.setattr("jobs.register.last_training", lambda store: {})
-    monkeypatch.setattr("jobs.register.latest_checkpoint", lambda *given: ("mine", "the-run"))
-    for name, result in (("ingest", {}), ("evaluate", {"AP": ap}), ("register", {"uri": "models:/cats/1"})):
+    monkeypatch.setattr("jobs.register.find_checkpoint", lambda *given: lambda data: ("mine", "the-run"))
+    monkeypatch.setattr(pipelines.workflow, "find_data", lambda *given: lambda: {})
+    for name, result in (("evaluate", {"AP": ap}), ("register", {"uri": "models:/cats/1"})):
         monkeypatch.setattr(pipelines.workflow, f"{name}_stage", lambda *given, r=result: {"result": r})
     assert detr("register").stdout == f"models:/cats/1 {words}\n"
 
@@ -493,3 +493,21 @@ def test_where_nothing_was_trained_no_image_is_read(tmp_path, command):
     result = detr(command, "--store", str(tmp_path / "store"))
     assert result.exit_code == 2 and "Nothing has been trained in this store yet" in sentence(result)
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("command", ["train", "sweep", "pipeline", "register", "promote", "report"])
+def test_runs_that_cannot_be_kept_are_said_before_an_image_is_read(tmp_path, command):
+    result = detr(command, "--store", str(tmp_path / "store"), "tracking.uri=http://127.0.0.1:9")
+    assert result.exit_code == 1 and "No MLflow server answers at http://127.0.0.1:9" in sentence(result)
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("words", [
+    ["train", "train.init_from=nowhere"], ["pipeline", "train.backbone_weights=nowhere.pth"],
+    ["evaluate", "--checkpoint", "nowhere"], ["evaluate", "--checkpoint", ".", "--against", "nowhere"],
+    ["register", "--checkpoint", "nowhere"],
+])  # fmt: skip
+def test_a_wrong_checkpoint_is_said_before_an_image_is_read(tmp_path, words):
+    result = detr(*words, "--store", str(tmp_path / "store"))
+    assert result.exit_code == 2 and ("nowhere" in sentence(result) or ". is no" in sentence(result))
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.parquet"))

@@ -76,9 +76,8 @@ def test_against_another_model_there_is_an_answer_in_words(evaluation, monkeypat
         return {"images": 20, "resamples": 50, "AP": higher, "AP50": unsure, "per_class": per_class}
 
     monkeypatch.setattr("jobs.evaluate.ray_session", lambda settings: contextlib.nullcontext())
-    monkeypatch.setattr("jobs.evaluate.last_training", lambda store: {})
-    monkeypatch.setattr("jobs.evaluate.latest_checkpoint", lambda *given: ("mine", None))
-    monkeypatch.setattr(pipelines.workflow, "ingest_stage", lambda *given: {"folder": "data"})
+    monkeypatch.setattr("jobs.evaluate.find_checkpoint", lambda *given: lambda data: ("mine", None))
+    monkeypatch.setattr(pipelines.workflow, "find_data", lambda *given: lambda: {"folder": "data"})
     monkeypatch.setattr(pipelines.workflow, "download_model", lambda *given: ("theirs", "m", "1"))
     monkeypatch.setattr(pipelines.workflow, "evaluate_stage", stage)
     monkeypatch.setattr(pipelines.compare, "compare_evaluations", compare)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.registry import champion, download, history, promote, register, registered_name, rollback
+from pipelines.registry import champion, check_champion, download, history, promote, register, registered_name, rollback
 from pipelines.settings import UserError, load_settings
 from pipelines.stage import read_json
 from pipelines.tracking import Tracker, tracker
@@ -358,6 +358,20 @@ def test_a_plain_folder_is_a_model_too(tracked, tmp_path):
     place, model, version = download(tracked, str(folder), tmp_path / "got")
     assert (place, model) == (folder.resolve(), "mine")
     assert version == "7692c3ad3540"  # sha256(b"one")
+
+
+def test_where_there_is_no_champion_it_is_said_why_and_what_can_be_had(tracked, name, add, judge):
+    with pytest.raises(UserError, match="run `detr register` first"):
+        check_champion(tracked, name)
+    add(b"one", 0.3)
+    with pytest.raises(UserError, match="Version 1 was not promoted"):
+        check_champion(tracked, name)
+    judge("1", scored(0.05))
+    with pytest.raises(UserError, match=f"was refused: AP .* is below .*--model models:/{name}/1") as error:
+        check_champion(tracked, name)
+    assert error.value.exit_code == 2
+    judge(add(b"two", 0.4), scored(0.4))
+    check_champion(tracked, name)
 
 
 def test_rollback_gives_the_alias_back_and_the_gate_remembers(tracked, name, add, judge):
