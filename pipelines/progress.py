@@ -33,6 +33,7 @@ from rich.text import Text
 LOG = "DETR_LOG"  # the environment variable
 JOB = "DETR_JOB"  # another, of a job on a cluster: its id
 EVERY = 30.0  # seconds from one line of a bar to the next, where there is no terminal
+RECENT = 1800.0  # seconds back that the rate of a training or sweep is measured by: slow machines log every few minutes
 T = TypeVar("T")
 _about: dict[str, str | None] = {}  # one command runs in a process, and one stage of it at a time
 
@@ -120,11 +121,13 @@ class RateColumn(ProgressColumn):
 
 
 class TimeLeftColumn(TimeRemainingColumn):
-    """The seconds in the task's field `left` where there is one, else by its rate."""
+    """The seconds in the task's field `left` where there is one, and nothing where that is None; else by its rate."""
 
     def render(self, task: Task) -> Text:
-        left = task.fields.get("left")
-        return super().render(task) if left is None else Text(duration(left), style="progress.remaining")
+        if "left" not in task.fields:
+            return super().render(task)
+        left = task.fields["left"]
+        return Text("" if left is None else duration(left), style="progress.remaining")
 
 
 def duration(seconds: float) -> str:
@@ -133,6 +136,7 @@ def duration(seconds: float) -> str:
 
 
 def _number(value: float) -> str:
+    value = round(value, 1)
     return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
 
 

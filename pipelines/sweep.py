@@ -11,7 +11,6 @@ import os
 import random
 import statistics
 import threading
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from pyarrow.fs import FileType
 
 from pipelines.fit import fit_to_data
 from pipelines.mirror import at_hand, local, name_of
-from pipelines.progress import alongside, console, progress
+from pipelines.progress import RECENT, alongside, console, progress
 from pipelines.settings import SAME_MODEL, Axis, Range, RunSettings, UserError, digest, override_settings
 from pipelines.stage import read_json, write_json
 from pipelines.storage import WORKING, Folder, is_remote, join, kind, list_files, locate
@@ -42,6 +41,7 @@ SWEEPABLE = ("model.", "loss.", "train.", "seed")
 # What would make trials unlike in length or measure, or says nothing of a model.
 FIXED = {f"train.{key}" for key in ("budget", "validations", "patience", "num_workers", "use_gpu", *SAME_MODEL)}
 THROUGH = (0, 3, 6)  # trials that no scheduler stops: the present settings, and what says how good its cuts are
+STARTED = 0.01  # of a trial, when no step of it is known yet
 ATTEMPTS = 3  # for a trial that its machine was taken from
 NOTHING = {"AP": -1.0, "validation": 0}  # Tune wants to be told something of a trial that came to nothing
 
@@ -574,9 +574,9 @@ def follow(stop: threading.Event, folder: str, number: int, tracker: Tracker) ->
     MLflow runs of trials that go on are watched, so that they are closed with those of this process when it is stopped.
     """
     said = {row["number"] for row in _rows(folder)}
-    with progress() as bar:
-        task = bar.add_task("sweep", total=number, note="starting")
-        began, first = time.monotonic(), None
+    with progress(speed_estimate_period=RECENT) as bar:
+        task = bar.add_task("sweep", total=number, note="starting", left=None)
+        first = None
         done = False
         while not done:
             done = stop.wait(10.0 if is_remote(folder) else 2.0)
@@ -594,10 +594,12 @@ def follow(stop: threading.Event, folder: str, number: int, tracker: Tracker) ->
                     running.append(_share(place))
             share = len(rows) + sum(running)
             first = share if first is None else first
-            left = (time.monotonic() - began) / (share - first) * (number - share) if share > first else None
             best = max((row["AP"] for row in rows if row["AP"] is not None), default=None)
             note = f"{len(running)} running" + (f", best AP {best:.3f}" if best is not None else "")
-            bar.update(task, completed=share, note=note, left=left)
+            bar.update(task, completed=share, note=note)
+            # Half a trial of each place has what a trial needs besides its steps, of which it takes more at its start.
+            measured = share - first >= max(1, len(running)) / 2
+            bar.update(task, left=bar.tasks[task].time_remaining if measured else None)
 
 
 def _ended_words(row: dict[str, Any]) -> str:
@@ -607,9 +609,9 @@ def _ended_words(row: dict[str, Any]) -> str:
 
 
 def _share(place: str) -> float:
-    """Of a trial's time, what is over."""
+    """Of a trial's time, what is over: a little of one that starts, so that its rate is measured from there."""
     shares = [record["share"] or 0.0 for record in read_progress(join(place, PROGRESS)) if record["event"] == "step"]
-    return shares[-1] if shares else 0.0
+    return max([STARTED, *shares[-1:]])
 
 
 def _value(settings: RunSettings, key: str) -> Any:

@@ -161,7 +161,7 @@ def train(
                 ray_remote_kwargs={"num_cpus": 1, "num_gpus": int(use_gpu), "max_retries": 3},
             ) if beside else None,
         )  # fmt: skip
-        with alongside(follow, join(shared, PROGRESS)):
+        with alongside(follow, join(shared, PROGRESS), options.validations):
             result = trainer.fit()
         if said := _said(shared):
             raise said

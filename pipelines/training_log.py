@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import threading
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.progress import Progress
 from torch import Tensor
 
 from pipelines.feed import Feed
 from pipelines.metrics import count_images, took
-from pipelines.progress import console, progress
+from pipelines.progress import RECENT, console, progress
 from pipelines.settings import UserError
 from pipelines.storage import Folder, is_remote
 from pipelines.tracking import Tracker
@@ -118,18 +120,19 @@ class TrainingLog:
         # A worker without a box has no loss of denoising; their mean is the loss of the step (detr.criterion.Window).
         names = dict.fromkeys(name for mine in everyone for name in mine)
         means = {name: sum(mine.get(name, 0.0) for mine in everyone) / len(everyone) for name in names}
-        rate = images * self.count / (time.monotonic() - self.since)
+        seconds = time.monotonic() - self.since
+        rate = images * self.count / seconds
         self.rates.append(rate)
         if self.active:  # for all workers
             count_images("train", images * self.count)
-            took("train", (time.monotonic() - self.since) / self.count)
+            took("train", seconds / self.count)
         shown = {k: round(v, 5) for k, v in means.items() if k in ("loss", "loss_ce", "loss_bbox", "loss_giou")}
         memory = {}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             memory = {"gpu_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
         self._write({"event": "step", "step": step, "steps": steps, "share": share,
                      "epoch": round(step / self.per_epoch, 3), **shown, "lr": lr,
-                     "images_per_second": round(rate, 2), **memory})  # fmt: skip
+                     "images_per_second": round(rate, 2), "seconds": round(seconds, 3), **memory})  # fmt: skip
         numbers = {f"train/{k}": v for k, v in means.items()}
         self._track({**numbers, "lr": lr, "images_per_second": rate, **memory}, step)
         self.sums, self.count, self.since = {}, 0, time.monotonic()
@@ -252,12 +255,45 @@ def read_history(path: Path | str) -> dict[str, Any]:
     }
 
 
-def follow(stop: threading.Event, path: Path | str) -> None:
-    """Show what comes to a progress file on stderr, while the training runs elsewhere."""
+class _TimeLeft:
+    """How long a training still takes, by the rate of its recent steps and what its last validation took."""
+
+    def __init__(self, validations: int):
+        self.validations = validations
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was measured: the training started, again or for the first time."""
+        self.seconds = self.pause = 0.0  # that steps took, all together; that a validation takes
+        self.written: float | None = None  # when the last steps were
+        self.validated = False  # since then
+        self.rate = Progress(disable=True, get_time=lambda: self.seconds, speed_estimate_period=RECENT)
+        self.task = self.rate.add_task("", total=None)
+
+    def step(self, record: dict[str, Any]) -> float | None:
+        """Seconds, or None while there is nothing to measure them by: the first steps are slower than all others."""
+        self.seconds += record["seconds"]
+        if self.validated and self.written is not None:
+            self.pause = max(0.0, record["time"] - self.written - record["seconds"])
+        self.written, self.validated = record["time"], False
+        share, steps = record["share"], record["steps"]
+        if share is None:
+            return None
+        # In steps, weighted by the time they take; where their number changes rich measures anew.
+        self.rate.update(self.task, total=steps, completed=share * steps)
+        left = self.rate.tasks[0].time_remaining
+        if left is None:
+            return None
+        return left + round(self.pause * (self.validations - math.floor(share * self.validations)))
+
+
+def follow(stop: threading.Event, path: Path | str, validations: int) -> None:
+    """Show what comes to a progress file on stderr, while the training, which validates so often, runs elsewhere."""
     seen = {json.dumps(record) for record in read_progress(path)}
     with progress() as bar:
-        task = bar.add_task("train", total=None, note="starting")
-        ap, done, began = "", False, None
+        task = bar.add_task("train", total=None, note="starting", left=None)
+        time_left = _TimeLeft(validations)
+        ap, now, done = "", "first steps", False
         while not done:
             done = stop.wait(SENT_EVERY if is_remote(path) else 1.0)
             for record in read_progress(path):
@@ -265,7 +301,6 @@ def follow(stop: threading.Event, path: Path | str) -> None:
                     continue
                 seen.add(line)
                 if record["event"] == "start":
-                    began = None
                     went_on = f", going on from step {record['step']}" if record["step"] else ""
                     console.print(
                         f"Training {record['trainable'] / 1e6:.1f} M of {record['parameters'] / 1e6:.1f} M "
@@ -273,20 +308,24 @@ def follow(stop: threading.Event, path: Path | str) -> None:
                     )
                     for message in record["messages"]:
                         console.print(f"  {message}")
-                    bar.update(task, completed=record["step"])
+                    time_left.start()
+                    bar.update(task, completed=record["step"], note=f"{ap}{now}", left=None)
                 elif record["event"] == "message":
                     console.print(f"  {record['text']}")
                 elif record["event"] == "validation":
                     ap = f"AP {record['AP']:.3f}  "
                     console.print(f"  step {record['step']}: AP {record['AP']:.3f}, AP50 {record['AP50']:.3f} on val")
+                    time_left.validated = True
+                    reached = max(bar.tasks[task].completed, record["step"])  # one beside the training is of before
+                    bar.update(task, completed=reached, note=f"{ap}{now}")
+                elif record["event"] == "epoch":  # small data have many before the first losses are known
+                    bar.update(task, completed=record["step"])
                 elif record["event"] == "step":
-                    note = f"{ap}epoch {record['epoch']:.1f}, loss {record['loss']:.2f}, "
-                    note += f"{record['images_per_second']:.0f} images/s"
+                    now = f"epoch {record['epoch']:.1f}, loss {record['loss']:.2f}, "
+                    now += f"{record['images_per_second']:.0f} images/s"
                     if "gpu_memory_gb" in record:
-                        note += f", {record['gpu_memory_gb']:.1f} GB"
-                    left, share = None, record["share"]
-                    if share is not None:  # by the share: steps may get slower
-                        began = began or (time.monotonic(), share)
-                        if share > began[1]:
-                            left = (time.monotonic() - began[0]) / (share - began[1]) * (1 - share)
-                    bar.update(task, completed=record["step"], total=record["steps"], note=note, left=left)
+                        now += f", {record['gpu_memory_gb']:.1f} GB"
+                    bar.update(
+                        task, completed=record["step"], total=record["steps"], note=f"{ap}{now}",
+                        left=time_left.step(record),
+                    )  # fmt: skip
