@@ -23,7 +23,8 @@ def main(settings, store: Path) -> dict:
         advice = suggest(settings, Path(data["folder"]), uses_gpu(settings))
     page = Console(file=io.StringIO(), width=shutil.get_terminal_size((120, 24)).columns)
     page.print(suggestion_table(advice))
-    return {**advice, "text": f"{page.file.getvalue().rstrip()}\nAdd to your command: {' '.join(advice['settings'])}"}
+    lines = [page.file.getvalue().rstrip(), advice["note"], f"Add to your command: {' '.join(advice['settings'])}"]
+    return {**advice, "text": "\n".join(line for line in lines if line)}
 
 
 if __name__ == "__main__":

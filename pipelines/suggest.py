@@ -22,10 +22,12 @@ from pipelines.train import find_weights, set_up, to_device, train_step, use_mac
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 WARM_UP, TIMED = 2, 4  # steps
-LONGEST = 30.0  # seconds a size may take before larger ones are left alone
+LEAST = 8  # images that batch norms and a step's gradient want; fewer are proposed only where no more can be had
+LONGEST = 30.0  # seconds a size may take before larger ones are left alone, and no more of its steps are timed
 ENOUGH = 0.8  # of the best rate: a smaller batch takes more steps of a budget, which teaches more
 MEMORY = 0.8  # of the machine's that may be used: later batches hold more objects
 GAIN = 1.05  # a doubled batch that gives less than this ends the search
+DROP = 0.8  # of the smaller batch's rate: what gives less is measured again, since a busy machine may have done it
 
 
 def suggest(
@@ -35,8 +37,8 @@ def suggest(
 
     run: calls `measure`; by default in a fresh Ray worker for each size, where trainings run too.
     Returns {"rows": [{"batch_size", "images_per_second", "seconds_per_step", "memory_gb", "lr", "fits"}], "settings":
-    the suggestion as key=value, "device", "image_size": [longer, shorter]}. Raises UserError where not even the
-    smallest batch fits, and as `train`.
+    the suggestion as key=value, "note": why it is a batch of fewer than LEAST, or None, "device", "image_size":
+    [longer, shorter]}. Raises UserError where not even the smallest batch fits, and as `train`.
     """
     settings, _ = fit_to_data(find_weights(settings), dataset_folder)
     images = read_json(Path(dataset_folder) / "dataset.json")["splits"]["train"]["images"]
@@ -47,14 +49,18 @@ def suggest(
             break
         console.print(f"Measuring batches of {size}.")
         row = (run or _in_worker)(settings, dataset_folder, size, use_gpu)
+        if rows and row["fits"] and row["images_per_second"] < DROP * rows[-1]["images_per_second"]:
+            console.print("That was slower than a smaller batch; measuring it again.")
+            again = (run or _in_worker)(settings, dataset_folder, size, use_gpu)
+            row = max(row, again, key=lambda one: one["images_per_second"])
         device, memory = row.pop("device") or device, row.pop("machine_gb")
         row["lr"] = scaled_rate(settings.train.lr, settings.train.batch_size, size)
         rows.append(row)
         if not row["fits"]:
             break
         slow = row["seconds_per_step"] * 2 * (WARM_UP + TIMED) > LONGEST
-        flat = len(rows) > 2 and row["images_per_second"] < GAIN * rows[-2]["images_per_second"]
-        if slow or flat or 2 * row["memory_gb"] > MEMORY * memory:
+        flat = len(rows) > 1 and row["images_per_second"] < GAIN * rows[-2]["images_per_second"]
+        if (size >= LEAST and (slow or flat)) or 2 * row["memory_gb"] > MEMORY * memory:
             break
     best = choose(rows)
     if best is None:
@@ -64,16 +70,32 @@ def suggest(
     return {
         "rows": rows,
         "settings": [f"train.batch_size={best['batch_size']}", f"train.lr={best['lr']:.2g}"],
+        "note": _why_small(best["batch_size"], images),
         "device": device,
         "image_size": [settings.model.image_max_size, settings.model.image_size],
     }
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The smallest batch whose rate is near the best one's; None where none fits."""
+    """Of LEAST images or more the smallest batch whose rate is near the best one's; else the largest that fits.
+
+    None where none fits.
+    """
     fitting = [row for row in rows if row["fits"]]
+    fitting = [row for row in fitting if row["batch_size"] >= LEAST] or fitting[-1:]
     most = max((row["images_per_second"] for row in fitting), default=0.0)
     return next((row for row in fitting if row["images_per_second"] >= ENOUGH * most), None)
+
+
+def _why_small(size: int, images: int) -> str | None:
+    if size >= LEAST:
+        return None
+    if images < 2 * size:
+        return f"A batch of {size} is small ({LEAST} or more train better): there are {images} images to train on."
+    return (
+        f"A batch of {size} is small ({LEAST} or more train better): this machine's memory does not hold more. "
+        "train.recompute=true, a smaller model.image_size or model needs less."
+    )
 
 
 def scaled_rate(lr: float, of_batch: int, batch_size: int) -> float:
@@ -126,13 +148,15 @@ def measure(settings: RunSettings, dataset_folder: Path, size: int, use_gpu: boo
             if use_gpu:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - began)
+            if len(times) > 1 and sum(times) > LONGEST:
+                break
     except RuntimeError as error:  # on a CPU it has no class of its own
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             return row
         raise
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     memory = torch.cuda.max_memory_allocated(device) if use_gpu else peak
-    seconds = statistics.median(times[WARM_UP:])
+    seconds = statistics.median(times[WARM_UP:] or times[-1:])
     return row | {
         "images_per_second": round(size / seconds, 2), "seconds_per_step": round(seconds, 4),
         "memory_gb": round(memory / 2**30, 2), "fits": True,
