@@ -13,78 +13,158 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Settings(BaseModel):
     """A frozen group of settings in which an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # The text below a setting is its description, which `--print-settings` and docs/settings.md show.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class DenoisingConfig(Settings):
     """Denoising queries for training (Li et al. 2022, DN-DETR): noised truth that must find its way back."""
 
-    groups: int = Field(0, ge=0, description="copies of every image's boxes per step; 0 switches denoising off")
-    label_noise: float = Field(0.2, ge=0, le=1, description="share of the labels replaced by a random class")
-    box_noise: float = Field(0.4, ge=0, lt=1, description="corners move by up to this share of half the box's size")
-    negatives: bool = Field(
-        False, description="every copy has a twin with more noise, up to twice as much, that is to find nothing "
-        "(Zhang et al. 2022, DINO: contrastive denoising)",
-    )
+    groups: int = Field(0, ge=0)
+    """Noised copies of every image's boxes in a step; where there are many boxes they are fewer. 0 switches denoising
+    off; it is for model.queries: anchors."""
+
+    label_noise: float = Field(0.2, ge=0, le=1)
+    """Share of the copies' labels that are replaced by a random class."""
+
+    box_noise: float = Field(0.4, ge=0, lt=1)
+    """Corners move by up to this share of half the box's size."""
+
+    negatives: bool = False
+    """Whether every copy has a twin with more noise, up to twice as much, that is to find nothing (Zhang et al. 2022,
+    DINO: contrastive denoising)."""
 
 
 class LossConfig(Settings):
-    """Weights of the matching costs and of the losses (paper, section 3.1; official defaults)."""
+    """Weights of the matching costs and of the losses (Carion et al. 2020, section 3.1). They have no unit."""
 
     cost_class: float = Field(1.0, ge=0)
+    """Matching: weight of the class score. 2 by default with model.class_loss: focal."""
+
     cost_bbox: float = Field(5.0, ge=0)
+    """Matching: weight of the L1 distance between the boxes, in shares of the image."""
+
     cost_giou: float = Field(2.0, ge=0)
+    """Matching: weight of the generalized IoU of the boxes."""
+
     loss_ce: float = Field(1.0, ge=0)
+    """Loss: weight of the class loss."""
+
     loss_bbox: float = Field(5.0, ge=0)
+    """Loss: weight of the L1 distance between matched boxes, in shares of the image."""
+
     loss_giou: float = Field(2.0, ge=0)
-    loss_mask: float = Field(1.0, ge=0, description="focal loss of the masks (only with masks)")
-    loss_dice: float = Field(1.0, ge=0, description="dice loss of the masks (only with masks)")
-    eos_coef: float = Field(0.1, ge=0, description="weight of the no-object class (softmax loss only)")
-    focal_alpha: float = Field(0.25, ge=0, le=1, description="balance of the focal loss and of its matching cost")
-    focal_gamma: float = Field(2.0, ge=0, description="focus of the focal loss and of its matching cost")
-    mal_gamma: float = Field(
-        0.0, ge=0, description="focal loss only: a match is to score its IoU to this power, others weigh their "
-        "score to this power (Huang et al. 2025, DEIM: MAL); 0: a match is to score 1 (sigmoid focal loss)",
-    )
-    class_norm: Literal["device", "window"] = Field(
-        "device",
-        description="what the class loss is divided by: this worker's own count (published), "
-        "or the count over all workers and micro-batches",
-    )
+    """Loss: weight of 1 minus the generalized IoU of matched boxes."""
+
+    loss_mask: float = Field(1.0, ge=0)
+    """Loss: weight of the focal loss of the masks; only with masks, which a run does not train."""
+
+    loss_dice: float = Field(1.0, ge=0)
+    """Loss: weight of the dice loss of the masks; only with masks, which a run does not train."""
+
+    eos_coef: float = Field(0.1, ge=0)
+    """Weight of the no-object class in the class loss, beside 1 for every other; only with model.class_loss:
+    softmax."""
+
+    focal_alpha: float = Field(0.25, ge=0, le=1)
+    """Balance of the focal loss between found and not found, and of its matching cost."""
+
+    focal_gamma: float = Field(2.0, ge=0)
+    """Exponent of the focal loss and of its matching cost: the higher, the less easy cases count."""
+
+    mal_gamma: float = Field(0.0, ge=0)
+    """Only with model.class_loss: focal, where it is 1.5 by default. A match is to score its IoU to this power,
+    others weigh their score to this power (Huang et al. 2025, DEIM: MAL); 0: a match is to score 1 (sigmoid focal
+    loss)."""
+
+    class_norm: Literal["device", "window"] = "device"
+    """What the class loss of softmax is divided by: this worker's own count (device, as published), or the count over
+    all workers and micro-batches (window)."""
 
 
 class ModelConfig(Settings):
     """Architecture of the detector, and how an image is prepared for it."""
 
-    backbone: str = Field("resnet50", description="a torchvision ResNet, or a plain one: small, medium")
-    norm: Literal["frozen", "batch"] = Field("frozen", description="normalisation of the backbone")
-    dilation: bool = Field(False, description="DC5: dilate the last stage instead of striding")
+    backbone: str = "resnet50"
+    """Network that reads the image: a ResNet of torchvision (resnet18 to resnet152, and more), or a plain one for
+    random weights: small, medium."""
+
+    norm: Literal["frozen", "batch"] = "frozen"
+    """Normalisation of a ResNet: frozen as published, for trained weights, or batch norms that learn. The plain
+    backbones have batch norms in any case."""
+
+    dilation: bool = False
+    """DC5: dilate the ResNet's last stage instead of striding, for a map twice as wide and high."""
+
     hidden_dim: int = Field(256, gt=0)
+    """Width of the transformer, in numbers for each place and query: a multiple of nheads and of 4."""
+
     nheads: int = Field(8, gt=0)
+    """Heads of each attention layer."""
+
     enc_layers: int = Field(6, ge=0)
+    """Layers of the encoder."""
+
     dec_layers: int = Field(6, gt=0)
+    """Layers of the decoder."""
+
     dim_feedforward: int = Field(2048, gt=0)
+    """Width of the hidden layer in each transformer layer's feed-forward part."""
+
     dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of the transformer's numbers that are set to 0 at random in training."""
+
     pre_norm: bool = False
+    """Whether the transformer normalises before each part of a layer instead of after it; only with queries:
+    learned."""
+
     position_embedding: Literal["sine", "learned"] = "sine"
+    """How the encoder is told where a place is: sines, or vectors that are learned; queries: anchors takes sine
+    alone."""
+
     num_queries: int = Field(100, gt=0)
-    queries: Literal["learned", "anchors"] = Field(
-        "learned", description="learned vectors (as published) or anchor boxes refined layer by layer"
-    )
-    two_stage: bool = Field(False, description="anchors are the best of one proposal per cell, not learned boxes")
-    levels: int = Field(3, ge=1, le=4, description="maps that anchor queries look at: the encoder's, and finer ones")
-    points: int = Field(4, ge=1, description="places on each map that a head of an anchor query looks at")
+    """Queries, and so most objects that are found in an image; it must exceed those that are in one. With
+    fit.num_queries the data set it."""
+
+    queries: Literal["learned", "anchors"] = "learned"
+    """What the decoder starts from: learned vectors (as published), or anchor boxes that are refined layer by layer."""
+
+    two_stage: bool = False
+    """Whether anchors are the best of one proposal per cell, not learned boxes; for queries: anchors with class_loss:
+    focal."""
+
+    levels: int = Field(3, ge=1, le=4)
+    """Maps that anchor queries look at: the encoder's, and finer ones."""
+
+    points: int = Field(4, ge=1)
+    """Places on each map that a head of an anchor query looks at."""
+
     class_loss: Literal["softmax", "focal"] = "softmax"
+    """How classes are scored: against each other and a no-object class (softmax, as published), or each by itself with
+    a sigmoid (focal)."""
+
     aux_loss: bool = True
-    masks: bool = Field(False, description="add the mask head, for segmentation and panoptic segmentation")
+    """Whether every layer of the decoder is trained to find the objects, and not the last alone."""
+
+    masks: bool = False
+    """Adds the mask head of DETR for segmentation, for use from Python (detr.segmentation); a run refuses it."""
+
     denoising: DenoisingConfig = DenoisingConfig()
-    num_classes: int = Field(
-        91, gt=0, description="set from the data's label map; COCO's official weights use 91"
-    )
-    image_size: int = Field(800, gt=0, description="the shorter side is resized to this many pixels; "
-                            "one of both sizes alone changes the other in proportion")
-    image_max_size: int = Field(1333, gt=0, description="the longer side is at most this many pixels")
-    upscale: bool = Field(True, description="enlarge images smaller than image_size")
+
+    num_classes: int = Field(91, gt=0)
+    """Classes the model tells apart. The data decide it: whatever stands here, a training takes the number of their
+    categories, and who detects that of the trained model. It counts only where Python builds a model without data;
+    COCO's official weights have 91."""
+
+    image_size: int = Field(800, gt=0)
+    """Pixels that an image's shorter side is resized to. One of both sizes alone changes the other in proportion; with
+    fit.image_size the data set both."""
+
+    image_max_size: int = Field(1333, gt=0)
+    """Pixels that an image's longer side has at most."""
+
+    upscale: bool = True
+    """Whether images smaller than image_size are enlarged to it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -49,10 +49,9 @@ def job(example: str, takes_input: bool = False, opens_store: bool = True) -> Ca
             with as_told(name), one_sentence(as_json):
                 settings = load_settings(config, overrides)
                 if print_settings:
-                    import yaml
+                    from pipelines.settings_page import as_yaml
 
-                    values = settings.model_dump(mode="json")
-                    click.echo(json.dumps(values) if as_json else yaml.safe_dump(values, sort_keys=False).rstrip())
+                    click.echo(json.dumps(settings.model_dump(mode="json")) if as_json else as_yaml(settings))
                     return
                 with redirect_stdout(sys.stderr):  # stdout is the result's alone; Ray prints there, too
                     result = work(settings, open_store(store, settings) if opens_store else store, **own)
@@ -64,7 +63,8 @@ def job(example: str, takes_input: bool = False, opens_store: bool = True) -> Ca
             click.option("--store", default="store", show_default=True, metavar="FOLDER",
                          help="Where everything that is made is kept: a folder, or s3://BUCKET/PREFIX."),
             click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON."),
-            click.option("--print-settings", is_flag=True, help="Print what the settings resolve to, and stop."),
+            click.option("--print-settings", is_flag=True,
+                         help="Print what the settings resolve to and what each means, and stop."),
         ]  # fmt: skip
         for option in reversed(shared):
             command = option(command)

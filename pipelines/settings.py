@@ -1,7 +1,7 @@
 """Everything a run can be told, in one place: one YAML file plus `key=value` overrides.
 
-Every default is written here or, for the model, in `detr.config`. Commands print what a run resolved
-to with `--print-settings`.
+Every default, and below it what the setting means, is written here or, for the model, in `detr.config`. Commands print
+what a run resolved to with `--print-settings`; `pipelines.settings_page` makes the page of all settings.
 """
 from __future__ import annotations
 
@@ -111,128 +111,202 @@ ShareOrLength = Annotated[float | str, BeforeValidator(_share_or_length)]
 
 
 class DataSettings(Settings):
-    """Where the labelled images are. Without a path the built-in images are made."""
+    """The labelled images. The names of files are for COCO; Pascal VOC and YOLO have their own."""
 
-    path: str | None = Field(None, description="a COCO folder; none means the built-in images")
-    name: str | None = Field(None, description="the dataset's name; by default the folder's")
-    images: str = Field("images", description="folder of the images, relative to path")
-    train: str = Field("instances_train.json", description="annotations, relative to path")
-    val: str = Field("instances_val.json", description="annotations, relative to path; if absent, split off train")
-    test: str = Field("instances_test.json", description="annotations, relative to path; used when present")
-    val_fraction: float = Field(0.2, gt=0, lt=1, description="share split off train where there is no val file")
+    path: str | None = None
+    """Folder of the data, here or at s3://: COCO, Pascal VOC or YOLO. Without it the built-in images are made."""
+
+    name: str | None = None
+    """The dataset's name, by which runs and the registered model are called; by default the folder's."""
+
+    images: str = "images"
+    """Folder of the images: relative to path, or an absolute one or an s3:// prefix."""
+
+    train: str = "instances_train.json"
+    """COCO annotations to train on, relative to path."""
+
+    val: str = "instances_val.json"
+    """COCO annotations to validate on, relative to path; if there is no such file, images are split off train."""
+
+    test: str = "instances_test.json"
+    """COCO annotations to test on, relative to path; used if there is such a file."""
+
+    val_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the training images that is split off for validation where there is none; images that are nearly the
+    same stay together."""
 
 
 class SampleSettings(Settings):
-    """The built-in dataset: handwritten digits pasted on two photographs."""
+    """The built-in dataset: handwritten digits pasted on two photographs, made where data.path names no data."""
 
     train: int = Field(6000, gt=0)
+    """Images to train on."""
+
     val: int = Field(400, gt=0)
+    """Images to validate on."""
+
     test: int = Field(200, ge=0)
+    """Images to test on; 0: no test split."""
+
     max_objects: int = Field(5, ge=0)
+    """Most digits in an image, which has a random number of them."""
+
     seed: int = Field(0, ge=0)
+    """Start of the random numbers that draw the images: the same seed makes the same images."""
 
 
 class IngestSettings(Settings):
+    """How annotations and images are checked and written as Parquet shards."""
+
     rows_per_shard: int = Field(256, gt=0)
-    segmentation: bool = Field(True, description="keep the annotations' segmentation (for `detr data --coco`)")
-    over_edge: Literal["clamp", "reject"] = Field(
-        "clamp", description="boxes that reach over the image's edge: cut there, or (by more than a pixel) rejected"
-    )
-    max_pixels: int = Field(
-        100_000_000, gt=0, le=MOST_PIXELS, description="larger images are rejected before decoding"
-    )
-    max_reject_fraction: float = Field(0.1, ge=0, le=1, description="more rejected images, or boxes, stop the run")
+    """Images in one Parquet file."""
+
+    segmentation: bool = True
+    """Whether the annotations' segmentation is kept, for `detr data --coco`."""
+
+    over_edge: Literal["clamp", "reject"] = "clamp"
+    """Boxes that reach over the image's edge: cut there, or, by more than a pixel, rejected."""
+
+    max_pixels: int = Field(100_000_000, gt=0, le=MOST_PIXELS)
+    """Most pixels of an image; larger ones are rejected before they are decoded. Training and evaluation decode no
+    more, either."""
+
+    max_reject_fraction: float = Field(0.1, ge=0, le=1)
+    """Share of the images, or of the annotations, that may be rejected; more stop the run."""
 
 
 class AugmentSettings(Settings):
-    """What happens to a training image (the official recipe is `recipe: detr`)."""
+    """What happens to a training image."""
 
-    recipe: Literal["detr", "light", "none"] = Field(
-        "light", description="detr: as published; light: flips, scale and crop, colour, mosaic; none: resize only"
-    )
-    horizontal_flip: bool = Field(True, description="mirror left and right; not for text or digits")
-    vertical_flip: bool = Field(False, description="also flip upside down; for images without an up")
-    scale: float = Field(0.3, ge=0, lt=1, description="light: sizes vary by up to this share")
-    colour: float = Field(0.2, ge=0, lt=1, description="light: brightness and contrast vary by up to this share")
-    mosaic: float = Field(
-        0.5, ge=0, le=1, description="light: share of images put together from crops of four, after ten epochs"
-    )
+    recipe: Literal["detr", "light", "none"] = "light"
+    """detr: as published (flips, resize, crop); light: flips, crop, colour, mosaic; none: resize alone."""
+
+    horizontal_flip: bool = True
+    """Whether every second image is mirrored left and right, in the recipes detr and light; not for text or digits."""
+
+    vertical_flip: bool = False
+    """Whether every second image is flipped upside down, in the recipes detr and light; for images without an up."""
+
+    scale: float = Field(0.3, ge=0, lt=1)
+    """Recipe light: every second image is cropped, each side by up to this share."""
+
+    colour: float = Field(0.2, ge=0, lt=1)
+    """Recipe light: brightness and contrast vary by up to this share."""
+
+    mosaic: float = Field(0.5, ge=0, le=1)
+    """Recipe light: share of the images that are put together from crops of four, after ten epochs."""
 
 
 class TrainSettings(Settings):
-    budget: Budget = Field("12 minutes", description="'300 epochs', '5000 steps', '20000 images' or '12 minutes'")
-    batch_size: int = Field(8, gt=0, description="images per worker and step")
-    num_workers: int = Field(1, gt=0, description="Ray Train workers, each of which takes batch_size images a step")
-    recompute: bool = Field(
-        False, description="compute activations again in the backward pass: much less memory, a third more time"
-    )
-    compile: bool = Field(
-        False, description="torch.compile for backbone and encoder: a minute or more at the start, then faster steps"
-    )
-    freeze: list[str] = Field(
-        [], description="parts that stay as they are, by the names of their weights: [backbone, transformer.encoder]"
-    )
-    min_workers: int | None = Field(
-        None, gt=0, description="go on with so few when others are lost, until they are back; by default wait for all"
-    )
-    max_failures: int = Field(3, ge=-1, description="how often to go on after a worker was lost; -1: always")
-    micro_batches: int = Field(
-        1, gt=0, description="compute a worker's batch in so many parts, one after another: less memory, the same step"
-    )
-    use_gpu: bool | None = Field(None, description="by default, whether the cluster has GPUs")
+    """How a model is trained."""
+
+    budget: Budget = "12 minutes"
+    """Length of the training: '300 epochs', '5000 steps', '20000 images' or '12 minutes'. Epochs and images count what
+    all workers see; minutes are those of training alone."""
+
+    batch_size: int = Field(8, gt=0)
+    """Images that each worker takes in a step."""
+
+    num_workers: int = Field(1, gt=0)
+    """Ray Train workers, one GPU or CPU core each; a step is made of batch_size images of each of them."""
+
+    recompute: bool = False
+    """Whether most activations are computed again in the backward pass: much less memory, a third more time."""
+
+    compile: bool = False
+    """Whether backbone and encoder are compiled (torch.compile): a minute or more at the start, then faster steps."""
+
+    freeze: list[str] = Field([])
+    """Parts of the model that stay as they are, by the names of their weights, such as [backbone,
+    transformer.encoder]."""
+
+    min_workers: int | None = Field(None, gt=0)
+    """Workers with which the training goes on when others are lost, until they are back; by default it waits for
+    all."""
+
+    max_failures: int = Field(3, ge=-1)
+    """How often the training goes on after a worker was lost; -1: always."""
+
+    micro_batches: int = Field(1, gt=0)
+    """Parts in which a worker's batch is computed, one after another: less memory, the same step."""
+
+    use_gpu: bool | None = None
+    """Whether models train, and detect, on GPUs; by default where Ray has some."""
+
     precision: Literal["float32", "bfloat16"] = "float32"
-    optimizer: Literal["adamw", "muon"] = Field(
-        "muon", description="adamw: as published; muon: for the matrices inside the network, adamw for the rest"
-    )
+    """Numbers that the model computes with; bfloat16 takes less memory where the GPU has it. Matching and
+    losses stay in float32."""
+
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """adamw: as published; muon: Muon for the matrices inside the network, AdamW for the rest."""
+
     lr: float = Field(2e-3, gt=0)
-    lr_backbone: float | None = Field(
-        None, ge=0, description="0 freezes it; by default lr, and a tenth of it where trained weights are given"
-    )
-    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
-        "none", description="lr and lr_backbone with the number of workers: as they are, times its root, or times it"
-    )
+    """Learning rate of all but the backbone, at its highest."""
+
+    lr_backbone: float | None = Field(None, ge=0)
+    """Learning rate of the backbone, at its highest; 0 freezes it. By default lr, and a tenth of it where trained
+    weights are given."""
+
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """What both learning rates are multiplied with for the number of workers: nothing, its root, or the number."""
+
     weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay of AdamW and Muon: in each step weights shrink by this share times the learning rate."""
+
     clip_max_norm: float = Field(1.0, ge=0)
-    warmup: Length = Field("100 steps", description="'100 steps', '1 epoch' or '2000 images'; '0 steps': none")
+    """Longest gradient of a step: one whose norm over all weights is greater is scaled down to it. 0: no limit."""
+
+    warmup: Length = "100 steps"
+    """Length in which the learning rate rises from nothing: '100 steps', '1 epoch' or '2000 images'; '0 steps':
+    none."""
+
     lr_schedule: Literal["step", "cosine"] = "cosine"
-    lr_flat: float = Field(
-        0.5, ge=0, lt=1, description="cosine schedule: share of the training before the rate falls (Huang et al. 2025, "
-        "DEIM: flat cosine)",
-    )
-    lr_drop: ShareOrLength = Field(
-        0.8, description="step schedule: share of it before the cut to a tenth, or a length such as '200 epochs'"
-    )
-    ema_decay: float = Field(0.998, ge=0, lt=1, description="moving average of the weights; 0 switches it off")
-    first_image_size: int | None = Field(
-        None, gt=0, description="model.image_size in the first part of the training, where it is the smaller one; "
-        "by default the preset's, where fit.image_size enlarges the images",
-    )
-    first_share: float = Field(
-        0.6, ge=0, lt=1, description="share of the time with first_image_size; 0: no such part"
-    )
-    validations: int = Field(6, gt=0, description="how often AP is measured during the training")
-    validation: Literal["auto", "inline", "beside"] = Field(
-        "auto", description="AP is measured by the workers in between (inline) or by a task while they go on (beside); "
-        "auto: beside where the cluster has a GPU more than workers",
-    )
-    checkpoint_minutes: float = Field(
-        10.0, gt=0, description="a checkpoint to go on from at least so often, also between validations"
-    )
-    storage: str | None = Field(
-        None, description="a folder or s3:// prefix for checkpoints while a training runs, which all machines reach; "
-        "by default in the store",
-    )
-    patience: int = Field(
-        0, ge=0, description="stop after so many validations without a better AP; 0: never. (A cosine schedule gains "
-        "most at its end: give it a budget instead.)",
-    )
+    """How the learning rate falls after the warm-up: to a tenth at lr_drop (step), or along a cosine from lr_flat on,
+    to 2 % at the end (cosine)."""
+
+    lr_flat: float = Field(0.5, ge=0, lt=1)
+    """Cosine schedule: share of the training before the rate falls (Huang et al. 2025, DEIM: flat cosine)."""
+
+    lr_drop: ShareOrLength = 0.8
+    """Step schedule: share of the training before the rate falls to a tenth, or a length such as '200 epochs'."""
+
+    ema_decay: float = Field(0.998, ge=0, lt=1)
+    """Share of the averaged weights that stays in a step, the rest coming from the trained ones; the average is what is
+    measured and kept. 0 switches it off."""
+
+    first_image_size: int | None = Field(None, gt=0)
+    """model.image_size in pixels in the first part of the training, where it is the smaller one; by default the
+    preset's, where fit.image_size enlarges the images."""
+
+    first_share: float = Field(0.6, ge=0, lt=1)
+    """Share of the time with first_image_size; 0: no such part."""
+
+    validations: int = Field(6, gt=0)
+    """How often AP is measured during the training."""
+
+    validation: Literal["auto", "inline", "beside"] = "auto"
+    """Who measures AP: the workers in between (inline), or a task while they go on (beside); auto: beside where the
+    cluster has a GPU more than workers."""
+
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """Most minutes between two checkpoints to go on from; every validation leaves one, too."""
+
+    storage: str | None = None
+    """Folder or s3:// prefix for checkpoints while a training runs, which all machines reach; by default in the
+    store."""
+
+    patience: int = Field(0, ge=0)
+    """Validations without a better AP after which the training stops; 0: it never does. A cosine schedule gains most at
+    its end: give it a shorter budget instead."""
+
     augment: AugmentSettings = AugmentSettings()
-    init_from: str | None = Field(
-        None, description="a checkpoint folder or official .pth to start from, local or on S3; all that fits is taken"
-    )
-    backbone_weights: Annotated[str | None, BeforeValidator(lambda given: None if given == "none" else given)] = Field(
-        None, description="'imagenet' (torchvision's), a .pth or .safetensors file, local or on S3, or none"
-    )
+
+    init_from: str | None = None
+    """Checkpoint folder or official .pth file to start from, here or at s3://; all that fits is taken."""
+
+    backbone_weights: Annotated[str | None, BeforeValidator(lambda given: None if given == "none" else given)] = None
+    """Weights of the backbone to start from: imagenet (torchvision's), a .pth or .safetensors file, here or at s3://,
+    or none."""
 
     @model_validator(mode="after")
     def _go_together(self) -> TrainSettings:
@@ -261,13 +335,15 @@ SAME_MODEL = (
 
 
 class FitSettings(Settings):
-    """What is set from the data when a training starts (pipelines/fit.py).
+    """What of the model is set from the data when a training starts."""
 
-    By default what the settings of a model with anchor queries do not say themselves.
-    """
+    image_size: bool = False
+    """Whether model.image_size and image_max_size are set from the sizes of the boxes; by default with
+    model.queries: anchors where neither is set."""
 
-    image_size: bool = Field(False, description="model.image_size and image_max_size, from the sizes of the boxes")
-    num_queries: bool = Field(False, description="model.num_queries, from the number of objects in an image")
+    num_queries: bool = False
+    """Whether model.num_queries is set from the number of objects in an image; by default with model.queries:
+    anchors where it is not set."""
 
 
 SIDES = ("model.image_size", "model.image_max_size")
@@ -279,8 +355,13 @@ class Range(Settings):
     """Numbers from low to high, whole ones where both are."""
 
     low: int | float
+    """The lowest number."""
+
     high: int | float
-    log: bool = Field(False, description="evenly over the logarithm: for rates and weights")
+    """The highest number."""
+
+    log: bool = False
+    """Whether numbers are drawn evenly over the logarithm: for rates and weights."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -302,93 +383,119 @@ Axis = Annotated[
 
 
 class SweepSettings(Settings):
-    in_pipeline: bool = Field(False, description="whether `detr pipeline` sweeps, and trains with the best settings")
-    trials: int = Field(8, gt=0, description="at most so many, the present settings among them")
-    budget: Budget = Field("90 seconds", description="length of one trial, as train.budget")
-    validations: int = Field(
-        4, gt=0, description="how often AP is measured during a trial, and a scheduler may stop it"
-    )
-    search: Literal["random", "grid", "optuna"] = Field(
-        "random", description="optuna: later trials are near the good ones among those before (TPE); pays from some "
-        "twenty trials on",
-    )
-    scheduler: Literal["asha", "median", "none"] = Field(
-        "asha", description="stops a trial whose AP is in the lower half at the validation of the grace period, or "
-        "at twice, four times … as many (asha); or below the median at any from there on (median)",
-    )
-    grace_period: int = Field(
-        2, gt=0, description="validations of a trial before it may be stopped: what short trials show before is little"
-    )
-    space: dict[str, Axis] | None = Field(
-        None, description="settings by name, each with a list of values or {low, high, log}; by default costs, loss "
-        "weights, rates, queries and denoising around the present settings",
-    )
-    tied: bool = Field(
-        True, description="a matching cost changes with the weight of its loss, unless the space names both"
-    )
-    max_concurrent: int | None = Field(
-        None, gt=0, description="trials at once; by default as many as there is room for"
-    )
-    min_gain: float = Field(0.01, ge=0, description="AP a trial must gain over the present settings to be taken")
+    """How other settings are tried, in short trainings that are judged by AP."""
+
+    in_pipeline: bool = False
+    """Whether `detr pipeline` sweeps, and trains with the best settings."""
+
+    trials: int = Field(8, gt=0)
+    """Most trainings that are tried, the one with the present settings among them."""
+
+    budget: Budget = "90 seconds"
+    """Length of one trial, as train.budget."""
+
+    validations: int = Field(4, gt=0)
+    """How often AP is measured during a trial, after which a scheduler may stop it."""
+
+    search: Literal["random", "grid", "optuna"] = "random"
+    """How points of the space are chosen: at random, all of them (grid), or near those that were good (optuna: TPE,
+    which pays from some twenty trials on)."""
+
+    scheduler: Literal["asha", "median", "none"] = "asha"
+    """Stops a trial whose AP is in the lower half at the validation of the grace period, or at twice, four times
+    as many and so on (asha); or below the median at any from there on (median)."""
+
+    grace_period: int = Field(2, gt=0)
+    """Validations of a trial before it may be stopped: what short trials show before is little."""
+
+    space: dict[str, Axis] | None = None
+    """Settings by name, each with a list of values or with {low, high, log}, where log: true draws evenly over the
+    logarithm. By default costs, loss weights, rates, queries and denoising around the present settings."""
+
+    tied: bool = True
+    """Whether a matching cost changes with the weight of its loss, unless the space names both."""
+
+    max_concurrent: int | None = Field(None, gt=0)
+    """Most trials at once; by default as many as there is room for."""
+
+    min_gain: float = Field(0.01, ge=0)
+    """AP (0 to 1) that a trial must gain over the present settings to be taken."""
 
 
 class EvaluateSettings(Settings):
+    """How a checkpoint is measured."""
+
     batch_size: int = Field(16, gt=0)
-    max_dets: int = Field(100, gt=0, description="detections per image that count, as COCO's maxDets")
-    resamples: int = Field(
-        1000, ge=0, description="how often the images are drawn anew to say how sure AP is (bootstrap); 0: not at all"
-    )
+    """Images that a model sees at once where AP is measured, in a training, too."""
+
+    max_dets: int = Field(100, gt=0)
+    """Detections of an image that count, the surest first, as COCO's maxDets."""
+
+    resamples: int = Field(1000, ge=0)
+    """How often the images are drawn anew to say how sure AP is (bootstrap); 0: not at all."""
 
 
 class GateSettings(Settings):
     """What a model must show to become champion."""
 
-    min_ap: float = Field(0.01, ge=0, le=1, description="absolute floor, also for a first champion")
-    margin: float = Field(
-        0.0, ge=0, description="AP above the present champion's on the same images; the low end of the difference's "
-        "confidence interval must be above it",
-    )
-    max_class_drop: float = Field(
-        0.1, ge=0, le=1, description="AP that a class may lose to the champion; more is refused where the loss is sure "
-        "(its whole confidence interval)",
-    )
-    max_seen: float = Field(
-        0.01, ge=0, le=1, description="share of the images it is measured on that it may have been trained on, or on "
-        "nearly the same",
-    )
-    max_rejected: float = Field(
-        0.1, ge=0, le=1, description="share of the images to measure on that ingest may have rejected"
-    )
-    max_megabytes: float | None = Field(None, gt=0, description="of the weights; by default any size")
-    min_images_per_second: float | None = Field(
-        None, gt=0, description="when it was evaluated; by default any speed"
-    )
+    min_ap: float = Field(0.01, ge=0, le=1)
+    """Least AP (0 to 1) on the validation images, also of a first champion."""
+
+    margin: float = Field(0.0, ge=0)
+    """AP (0 to 1) above the present champion's on the same images; the low end of the difference's confidence interval
+    must be above it."""
+
+    max_class_drop: float = Field(0.1, ge=0, le=1)
+    """AP (0 to 1) that a class may lose to the champion; more is refused where the loss is sure (its whole confidence
+    interval)."""
+
+    max_seen: float = Field(0.01, ge=0, le=1)
+    """Share of the images a model is measured on that it may have been trained on, or on nearly the same."""
+
+    max_rejected: float = Field(0.1, ge=0, le=1)
+    """Share of the images to measure on that ingest may have rejected."""
+
+    max_megabytes: float | None = Field(None, gt=0)
+    """Most megabytes that the weights have; by default any size."""
+
+    min_images_per_second: float | None = Field(None, gt=0)
+    """Fewest images a second when it was evaluated; by default any speed."""
 
 
 class PredictSettings(Settings):
-    score_threshold: float | None = Field(None, ge=0, le=1, description="by default the model's own")
-    batch_size: int = Field(16, gt=0, description="images of one shape that a model sees at once")
-    images_per_shard: int = Field(256, gt=0, description="images whose detections are written, and counted, at once")
-    actors: int | None = Field(
-        None, gt=0, description="models that work side by side; by default one for each GPU, or machine without"
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: twice as fast where the device has units for it; the last digits differ"
-    )
-    compile: bool = Field(
-        False, description="torch.compile: a minute or more at the start, then faster batches; the last digits may "
-        "differ from run to run",
-    )
-    tile: int | None = Field(
-        None, ge=32, description="side in pixels of the image: larger images are also looked at in tiles of this size, "
-        "for small objects in large images",
-    )
-    tile_overlap: float = Field(
-        0.25, ge=0, le=0.8, description="share of a tile that it has in common with the next; objects up to this size "
-        "are whole in one of them",
-    )
-    max_pixels: int = Field(100_000_000, gt=0, le=MOST_PIXELS, description="larger images are rejected before decoding")
-    max_reject_fraction: float = Field(0.5, ge=0, le=1, description="more rejected images in the table stop the run")
+    """How a model detects on images without labels."""
+
+    score_threshold: float | None = Field(None, ge=0, le=1)
+    """Least score of what is kept, of every class; by default the model's own thresholds. 0 keeps everything."""
+
+    batch_size: int = Field(16, gt=0)
+    """Images of one shape that a model sees at once."""
+
+    images_per_shard: int = Field(256, gt=0)
+    """Images whose detections are written, and counted, at once."""
+
+    actors: int | None = Field(None, gt=0)
+    """Models that work side by side; by default one for each GPU, or for each machine where none is used."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is twice as fast where the device has units for it; the last digits differ."""
+
+    compile: bool = False
+    """Whether the model is compiled (torch.compile): a minute or more at the start, then faster batches. The last
+    digits may differ from run to run."""
+
+    tile: int | None = Field(None, ge=32)
+    """Side in pixels of the image: larger images are also looked at in tiles of this size, for small objects in large
+    images. By default there are no tiles."""
+
+    tile_overlap: float = Field(0.25, ge=0, le=0.8)
+    """Share of a tile that it has in common with the next; objects up to this size are whole in one of them."""
+
+    max_pixels: int = Field(100_000_000, gt=0, le=MOST_PIXELS)
+    """Most pixels of an image; larger ones are rejected before they are decoded."""
+
+    max_reject_fraction: float = Field(0.5, ge=0, le=1)
+    """Share of the table's images that may be rejected; more stop the run."""
 
 
 def without_password(uri: str | None) -> str | None:
@@ -402,11 +509,16 @@ def without_password(uri: str | None) -> str | None:
 
 
 class TrackingSettings(Settings):
-    uri: str | None = Field(
-        None, description="MLflow server, or its database; by default SQLite in the store. Without a password"
-    )
-    experiment: str | None = Field(None, description="by default the dataset's name")
-    model_name: str | None = Field(None, description="registered model; by default the dataset's name")
+    """Where MLflow keeps runs and models."""
+
+    uri: str | None = None
+    """MLflow server, or its database, without a password; by default SQLite in the store."""
+
+    experiment: str | None = None
+    """MLflow's experiment for the runs; by default the dataset's name."""
+
+    model_name: str | None = None
+    """Name of the registered model; by default the dataset's."""
 
     @field_validator("uri")
     @classmethod
@@ -415,10 +527,11 @@ class TrackingSettings(Settings):
 
 
 class WorkflowSettings(Settings):
-    database: str | None = Field(
-        None, description="where a pipeline notes what it has done, as postgresql://me@host/detr; by default SQLite in "
-        "the store. Without a password (PGPASSWORD)",
-    )
+    """Where a pipeline keeps its ledger."""
+
+    database: str | None = None
+    """Where a pipeline notes what it has done, as postgresql://me@host/detr, without a password (PGPASSWORD); by
+    default SQLite in the store."""
 
     @field_validator("database")
     @classmethod
@@ -429,14 +542,20 @@ class WorkflowSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    address: str = Field("local", description="a Ray cluster's address; 'local' starts Ray here")
-    num_cpus: int | None = Field(None, gt=0, description="logical CPUs of a local Ray; by default max(6, cores)")
-    cost_per_hour: float | None = Field(
-        None, gt=0, description="of all its machines, in any currency, to be told what stages and 1,000 images cost"
-    )
-    gpus: int | None = Field(
-        None, gt=0, description="wait until the cluster has so many, which has machines started where it starts them"
-    )
+    """The Ray that commands work on."""
+
+    address: str = "local"
+    """Address of a Ray cluster; local starts Ray here."""
+
+    num_cpus: int | None = Field(None, gt=0)
+    """Logical CPUs of a Ray that starts here; by default its cores, and at least 6."""
+
+    cost_per_hour: float | None = Field(None, gt=0)
+    """What all machines of the cluster cost in an hour, in any currency, to be told what stages and 1,000 images
+    cost."""
+
+    gpus: int | None = Field(None, gt=0)
+    """GPUs to wait for, which has the cluster start machines where it can; by default nothing is waited for."""
 
     def local_cpus(self) -> int:
         """Logical CPUs of a Ray that starts here: at least six, since a resumed Ray Data job starves with few."""
@@ -449,6 +568,9 @@ class RunSettings(Settings):
     """All settings of a run."""
 
     seed: int = Field(0, ge=0)
+    """Start of the random numbers of a run: first weights, order and changes of the images, the split of val off train,
+    the draws of evaluations and sweeps. The built-in images have their own (sample.seed)."""
+
     data: DataSettings = DataSettings()
     sample: SampleSettings = SampleSettings()
     ingest: IngestSettings = IngestSettings()

@@ -60,6 +60,13 @@ def test_print_settings_prints_what_the_run_resolves_to():
     assert json.loads(detr("train", "--print-settings", "--json", "seed=3").stdout)["seed"] == 3
 
 
+def test_what_print_settings_prints_says_what_each_means_and_is_taken_by_config(tmp_path):
+    printed = detr("train", "--print-settings", "model=small", "train.freeze=[backbone]").stdout
+    assert "  # Learning rate of all but the backbone, at its highest.\n  lr: 0.002\n" in printed
+    (tmp_path / "run.yaml").write_text(printed, encoding="utf-8")
+    assert detr("train", "--config", str(tmp_path / "run.yaml"), "--print-settings").stdout == printed
+
+
 def test_unknown_commands_and_options_are_wrong_use():
     assert detr("fly").exit_code == 2
     assert detr("train", "--fast").exit_code == 2

@@ -37,6 +37,11 @@ def test_small_boxes_enlarge_the_images_until_they_fill_a_cell(tmp_path):
     assert fitted(tmp_path, small)[0].image_max_size == 320  # no more than there is: nothing is enlarged
 
 
+def test_the_data_decide_the_number_of_classes_whatever_is_set(tmp_path):
+    """As the description of model.num_classes says."""
+    assert fitted(tmp_path, [boxes_of(64.0)], "model.num_classes=7")[0].num_classes == 2
+
+
 def test_enlarged_images_are_small_at_first_unless_told(tmp_path):
     folder = dataset(tmp_path, ["cat"], train=[boxes_of(16.0)], val=[boxes_of(16.0)])
     settings, said = fit_to_data(RunSettings(), folder)
