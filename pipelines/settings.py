@@ -114,7 +114,8 @@ class DataSettings(Settings):
     """The labelled images. The names of files are for COCO; Pascal VOC and YOLO have their own."""
 
     path: str | None = None
-    """Folder of the data, here or at s3://: COCO, Pascal VOC or YOLO. Without it the built-in images are made."""
+    """Folder of the data, here or at s3://: COCO, Pascal VOC or YOLO. Without it `detr ingest` and
+    `detr pipeline` take the built-in images, and other commands the dataset that the store worked on last, if any."""
 
     name: str | None = None
     """The dataset's name, by which runs and the registered model are called; by default the folder's."""
