@@ -35,6 +35,10 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message says which and why."""
 
 
+class DownloadError(CheckpointError):
+    """Weights that the network did not give."""
+
+
 def save_checkpoint(
     folder: Path | str,
     model: DETR | DETRsegm,
@@ -213,7 +217,7 @@ def load_backbone(model: DETR | DETRsegm, source: Path | str) -> str:
 
     source: "imagenet" (torchvision's IMAGENET1K_V1 of this backbone, downloaded by torchvision) or a file of such
     weights, .pth or .safetensors, whose classification head is left out. Call it on every worker.
-    Raises CheckpointError when there is no network, or the weights do not fit.
+    Raises DownloadError when there is no network, CheckpointError when the weights do not fit.
     """
     name = model.config.backbone
     if name not in RESNETS:
@@ -233,7 +237,7 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
     try:
         state = weights.get_state_dict(check_hash=True, weights_only=True, progress=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: what came is not what torchvision published
-        raise CheckpointError(
+        raise DownloadError(
             f"the weights of {name} could not be downloaded ({error}); fetch {weights.url} where there is a network "
             f"and give the file instead of 'imagenet': backbone_weights=path/to/{weights.url.rpartition('/')[2]}"
         ) from error

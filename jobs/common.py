@@ -231,7 +231,7 @@ def ray_session(settings, dashboard: bool = False) -> Iterator[None]:
 
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
     except ray.exceptions.AuthenticationError as error:
-        raise UserError(f"Ray's token is not here: {str(error).partition('. ')[0]}.") from error
+        raise UserError(f"Ray's token is not here: {str(error).partition('. ')[0]}.", 2) from error
     except ConnectionError as error:
         raise UserError(
             f"There is no Ray cluster at {settings.cluster.address} ({error}); one that asks for a token wants "
@@ -322,7 +322,7 @@ def read_image(settings, path: Path):
     try:
         return decode_image(path.read_bytes(), settings.predict.max_pixels)
     except ImageError as error:
-        raise UserError(f"{path} cannot be used: {error}.") from error
+        raise UserError(f"{path} cannot be used: {error}.", 2) from error
 
 
 def last_training(store: Path) -> dict[str, Any]:

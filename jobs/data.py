@@ -26,6 +26,7 @@ def main(settings, store: Path, split: str, images: int, coco: str | None, outpu
     from pipelines.look import findings_table, look_at_data
     from pipelines.settings import UserError
     from pipelines.shards import to_coco
+    from pipelines.storage import not_done
     from pipelines.workflow import find_data
 
     read = find_data(settings, store)
@@ -41,7 +42,9 @@ def main(settings, store: Path, split: str, images: int, coco: str | None, outpu
         if coco is not None:
             written.append(Path(coco))
             written[-1].write_text(json.dumps(to_coco(folder, split)), encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise not_done(written[-1], "written", error) from error
+    except ValueError as error:  # of Pillow: an extension that it does not know
         raise UserError(f"{written[-1]} cannot be written: {error}.", 2) from error
     page = Console(file=io.StringIO(), markup=False, width=shutil.get_terminal_size((120, 24)).columns)
     for table in description_tables(shown):

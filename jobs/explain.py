@@ -50,13 +50,14 @@ def main(
     from detr.segmentation import DETRsegm
     from pipelines.detect import label_thresholds
     from pipelines.predict import thresholds
+    from pipelines.storage import not_done
     from pipelines.workflow import find_model
 
     checkpoint, name, version = find_model(settings, store, model)
     try:
         network, config = load_checkpoint(checkpoint)
     except CheckpointError as error:
-        raise UserError(f"{error}.") from error
+        raise UserError(f"{error}.", 2) from error
     if isinstance(network, DETRsegm):
         network = network.detr
     threshold, of_classes = thresholds(settings, config)
@@ -65,7 +66,7 @@ def main(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}.", 2) from error
+        raise not_done(folder, "made", error) from error
 
     found = explain(network, image, least)
     names = [config["categories"][label]["name"] for label in found.labels]
@@ -86,7 +87,7 @@ def main(
     if entries:
         boxes = boxes_of_queries(network, _decoded(entries, settings, rejects), settings.predict.batch_size)
         if not len(boxes):
-            raise UserError(f"None of the {len(entries)} images of {dataset} can be used: {next(iter(rejects))}.")
+            raise UserError(f"None of the {len(entries)} images of {dataset} can be used: {next(iter(rejects))}.", 2)
         pictures["queries.png"] = draw_queries(boxes)
         lines.append(f"Each query over {len(boxes)} images, {rejects.total()} rejected.")
     for file, picture in pictures.items():

@@ -30,6 +30,7 @@ def main(settings, store: Path, model: str | None, output: str, form: str) -> di
     from detr.segmentation import DETRsegm
     from pipelines.settings import UserError
     from pipelines.stage import write_json
+    from pipelines.storage import not_done
     from pipelines.workflow import find_model, weights_digest
 
     folder = Path(output)
@@ -39,7 +40,7 @@ def main(settings, store: Path, model: str | None, output: str, form: str) -> di
     try:
         detector, config = load_checkpoint(checkpoint)
     except CheckpointError as error:
-        raise UserError(f"{error}.") from error
+        raise UserError(f"{error}.", 2) from error
     has_masks = isinstance(detector, DETRsegm)
     if has_masks:
         detector = detector.detr
@@ -47,7 +48,7 @@ def main(settings, store: Path, model: str | None, output: str, form: str) -> di
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}.", 2) from error
+        raise not_done(folder, "made", error) from error
     for file in ("export.json", *FILES["both"]):
         (folder / file).unlink(missing_ok=True)  # of an earlier export, perhaps of another model
     program = export.export(detector)

@@ -118,6 +118,7 @@ def _show(settings, store: Path, path: Path, model: str | None, output: str | No
     from pipelines.predict import thresholds
     from pipelines.settings import UserError
     from pipelines.stage import read_json
+    from pipelines.storage import not_done
     from pipelines.workflow import find_model
 
     image = read_image(settings, path)
@@ -125,7 +126,7 @@ def _show(settings, store: Path, path: Path, model: str | None, output: str | No
     try:
         detector = Detector.load(checkpoint)
     except CheckpointError as error:
-        raise UserError(f"{error}.") from error
+        raise UserError(f"{error}.", 2) from error
     threshold, of_classes = thresholds(settings, read_json(checkpoint / "config.json"))
     least = label_thresholds(detector.categories, threshold, of_classes)
     (found,) = detector.detect([image], least)
@@ -134,7 +135,9 @@ def _show(settings, store: Path, path: Path, model: str | None, output: str | No
     target = Path(output) if output else Path(f"{path.stem}.detections.png")
     try:
         draw_detections(image, boxes, names, scores).save(target)
-    except (OSError, ValueError) as error:  # of Pillow: an extension that it does not know
+    except OSError as error:
+        raise not_done(target, "written", error) from error
+    except ValueError as error:  # of Pillow: an extension that it does not know
         raise UserError(f"{target} cannot be written: {error}.", 2) from error
     detections = [
         {"name": n, "score": round(float(s), 4), "box": [round(float(v), 1) for v in b]}

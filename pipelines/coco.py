@@ -29,7 +29,7 @@ from pipelines.alike import find_alike, thumbnail
 from pipelines.json_stream import JsonObject, NotAnObject
 from pipelines.progress import track
 from pipelines.settings import IngestSettings, UserError
-from pipelines.storage import explain, is_remote, kind, locate, read_file
+from pipelines.storage import is_remote, kind, locate, not_done, read_file
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".ppm", ".jp2", ".avif",
                     ".tga", ".mpo")  # fmt: skip
@@ -114,8 +114,7 @@ def read_coco(path: Path | str, images_root: Path | str, options: IngestSettings
     """Read and check an annotation file (local or on S3) whose file names are relative to images_root.
 
     options: whether segmentation is kept, and what becomes of boxes over the image's edge. Raises UserError: exit code
-    2 when the file is missing or not COCO, 1 when a file name leaves images_root or nothing usable is in it. Images are
-    not opened.
+    2 for what is wrong with the file, 1 where the store does not answer. Images are not opened.
     """
     try:
         return _read(path, images_root, options or IngestSettings())
@@ -128,7 +127,7 @@ def read_coco(path: Path | str, images_root: Path | str, options: IngestSettings
     except RecursionError as error:  # what can be read so deep cannot be written
         raise UserError(f"{path} is not a COCO file: a record is nested too deep.", 2) from error
     except OSError as error:
-        raise UserError(f"The annotation file {path} cannot be read: {explain(error)}", 2) from error
+        raise not_done(f"The annotation file {path}", "read", error) from error
 
 
 def _read(path: Path | str, images_root: Path | str, options: IngestSettings) -> CocoFile:
@@ -171,7 +170,7 @@ def _read(path: Path | str, images_root: Path | str, options: IngestSettings) ->
             raise UserError(f"{path} is not a COCO file: it has no {key!r}; it must be a list of objects.", 2)
     for key in ("images", "categories"):
         if not found[key]:
-            raise UserError(f"{path} has nothing to use: its list {key!r} is empty.", 1)
+            raise UserError(f"{path} has nothing to use: its list {key!r} is empty.", 2)
     images, categories = found["images"], found["categories"]
     table, starts = _judge(found.pop("annotations"), images, categories, options)
     return CocoFile(path, content.sha256, images, table, starts, categories, document)
@@ -184,7 +183,7 @@ def coco_from(
     images, categories = _images(path, content["images"], images_root), _categories(path, content["categories"])
     for what, found in (("image", images), ("class", categories)):
         if not found:
-            raise UserError(f"{path} has nothing to use: there is no {what}.", 1)
+            raise UserError(f"{path} has nothing to use: there is no {what}.", 2)
     raw = pa.Table.from_batches(_annotations(path, iter(content["annotations"]), options.segmentation), RAW)
     table, starts = _judge(raw, images, categories, options)
     return CocoFile(path, sha256, images, table, starts, categories, {"categories": content["categories"]})
@@ -279,7 +278,7 @@ def split_train(
             break
     if not val:
         raise UserError(
-            f"{coco.path} cannot be split: it has no two different images; add some or set data.val.", 1
+            f"{coco.path} cannot be split: it has no two different images; add some or set data.val.", 2
         )
     return _select(coco, sorted(set(range(len(paths))) - val), rest=True), _select(coco, sorted(val))
 
@@ -353,7 +352,7 @@ def _images(path: Path | str, records: Iterable, root: Path | str) -> list[dict[
             raise UserError(
                 f"{path}: {where} (id {image_id}) has the file name {_short(name)}, which {error}; "
                 f"nothing was read, mend the name.",
-                1,
+                2,
             ) from error
         other = names.setdefault(posixpath.normpath(name), image_id)
         if other != image_id:

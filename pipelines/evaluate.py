@@ -243,7 +243,7 @@ def evaluate(
     try:
         load_checkpoint(checkpoint)  # an actor that dies of it says so later and less clearly
     except CheckpointError as error:
-        raise UserError(f"{error}.") from error
+        raise UserError(f"{error}.", 2) from error
     use_gpu = detects_on_gpus(settings)
     block = 2 * settings.evaluate.batch_size
     actors, sharing = places(ray.nodes(), use_gpu)

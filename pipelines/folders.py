@@ -17,7 +17,7 @@ from pyarrow.fs import FileType
 from pipelines.coco import IMAGE_EXTENSIONS, CocoFile, coco_from, image_place
 from pipelines.progress import console, track
 from pipelines.settings import DataSettings, RunSettings, UserError
-from pipelines.storage import explain, is_denied, is_remote, join, kind, list_files, locate, read_file
+from pipelines.storage import is_denied, is_remote, join, kind, list_files, locate, not_done, read_file
 
 READERS = 16  # files read at a time
 SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}  # what the splits are called
@@ -164,7 +164,7 @@ def _inside(folder: str, name: str) -> str:
     try:
         return image_place(folder, name)
     except ValueError as error:
-        raise UserError(f"{folder} has a file {name!r}, which {error}; nothing of it was read.", 1) from error
+        raise UserError(f"{folder} has a file {name!r}, which {error}; nothing of it was read.", 2) from error
 
 
 def _in_a_line(error: Exception) -> str:
@@ -350,6 +350,6 @@ def _size(file: str) -> tuple[int, int]:
                 return 1, 1
     except OSError as error:
         if is_remote(file) and not isinstance(error, FileNotFoundError) and not is_denied(error):
-            raise UserError(f"{file} cannot be read: {explain(error)}") from error
+            raise not_done(file, "read", error) from error
         return 1, 1
     return size if min(size) > 0 else (1, 1)

@@ -97,8 +97,7 @@ class Source:
 def source(settings: RunSettings, path: Path | str) -> Source:
     """Find and check the annotation files of the COCO folder `path`; images are listed, not opened.
 
-    Raises UserError: exit code 2 for a missing folder or file and for a file that is not COCO, 1 for
-    names that leave the images folder, annotations without a usable box, or categories that disagree.
+    Raises UserError: exit code 2 for what is missing or wrong in the data, 1 where its store does not answer.
     """
     data, path = settings.data, plain(path)
     if kind(path) != FileType.Directory:
@@ -109,7 +108,7 @@ def source(settings: RunSettings, path: Path | str) -> Source:
     if not train.boxes:
         first = next(train.rejects(), None)
         why = f" (the first of {len(train.table)}: {first['reason']})" if first else ""
-        raise UserError(f"{train.path} has no box that can be trained on{why}.", 1)
+        raise UserError(f"{train.path} has no box that can be trained on{why}.", 2)
     _check_categories(files)
 
     inputs: dict[str, Any] = {
@@ -454,15 +453,15 @@ def _check_rejected(
     table = folder / "rejects.parquet"
     for split, record in splits.items():
         if not record["images"]:
-            raise UserError(f"Not one image of {split} can be used ({first}); all are listed in {table}.", 1)
+            raise UserError(f"Not one image of {split} can be used ({first}); all are listed in {table}.", 2)
     if not splits["train"]["boxes"]:
-        raise UserError(f"No box is left to train on after {len(lost)} images were rejected; see {table}.", 1)
+        raise UserError(f"No box is left to train on after {len(lost)} images were rejected; see {table}.", 2)
     if len(lost) > settings.ingest.max_reject_fraction * total:
         raise UserError(
             f"{len(lost)} of {total} images were rejected, more than ingest.max_reject_fraction="
             f"{settings.ingest.max_reject_fraction:g} allows ({first}); mend them, or raise the limit; "
             f"all are listed in {table}.",
-            1,
+            2,
         )
 
 
@@ -478,7 +477,7 @@ def _check_annotations(settings: RunSettings, files: dict[str, CocoFile], lost: 
             f"{len(faulty)} of {total} annotations were rejected, more than ingest.max_reject_fraction="
             f"{settings.ingest.max_reject_fraction:g} allows ({first}); mend them, or raise the limit; "
             f"all are listed in {table}.",
-            1,
+            2,
         )
 
 
@@ -492,13 +491,13 @@ def _check_categories(files: dict[str, CocoFile]) -> None:
                 raise UserError(
                     f"{files[split].path} has the category {name!r} (id {category['id']}), which "
                     f"{files['train'].path} lacks; add it to that file's categories, or remove it here.",
-                    1,
+                    2,
                 )
             if known != name:
                 raise UserError(
                     f"Category {category['id']} is {known!r} in {files['train'].path}, but {name!r} in "
                     f"{files[split].path}; give both files the same categories.",
-                    1,
+                    2,
                 )
 
 

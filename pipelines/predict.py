@@ -393,7 +393,8 @@ def _reasons_to_stop(
 def _stop_for(reasons: str | None, folder: Folder) -> None:
     if reasons:
         raise UserError(
-            f"{reasons}. What was done is kept in {folder.uri}: mend the images or raise the limit, and run it again."
+            f"{reasons}. What was done is kept in {folder.uri}: mend the images or raise the limit, and run it again.",
+            2,
         )
 
 
@@ -481,7 +482,7 @@ def _stream(
     try:
         load_checkpoint(checkpoint)  # an actor that dies of it says so a minute later and less clearly
     except CheckpointError as error:
-        raise UserError(f"{error}.") from error
+        raise UserError(f"{error}.", 2) from error
     use_gpu, cpus = detects_on_gpus(settings), int(ray.cluster_resources().get("CPU", 0))
     there, sharing = places(ray.nodes(), use_gpu)
     actors = settings.predict.actors or min(there, max(1, cpus - 1))

@@ -92,8 +92,8 @@ def report(
         if found["dataset_digest"] != dataset["digest"]:
             raise UserError(
                 f"The evaluation in {evaluations[split]} was made on dataset {found['dataset_digest']}, "
-                f"not on {dataset['digest']} in {dataset_folder}; evaluate again."
-            )
+                f"not on {dataset['digest']} in {dataset_folder}; evaluate again.", 2,
+            )  # fmt: skip
     judged = next((split for split in ("test", "val", *metrics) if split in metrics), None)
     shown = next((split for split in ("val", judged) if split in metrics), None)  # test images are not looked at
     point = _point(metrics, judged, dataset_folder, dataset["categories"], evaluations, settings)

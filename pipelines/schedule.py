@@ -154,10 +154,10 @@ def read_schedules(store: Path | str) -> list[Schedule]:
     try:
         content = read_json(path)
         if content["format"] != FORMAT:
-            raise UserError(f"{path} has format {content['format']}; this version reads {FORMAT}. Update it.")
+            raise UserError(f"{path} has format {content['format']}; this version reads {FORMAT}. Update it.", 2)
         return [Schedule.model_validate(values) for values in content["schedules"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); mend or remove it.") from error
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); mend or remove it.", 2) from error
 
 
 def add(

@@ -35,12 +35,14 @@ MOST_PIXELS = 178_956_970  # of an image: what Pillow decodes
 class UserError(Exception):
     """Something the user can mend; the message is one sentence that says what and how.
 
-    exit_code: 1 when the work failed, 2 when the command was used wrongly.
+    exit_code: 2 where the command ends so until the user changes what he gave (command line, settings, files, data,
+    names, rights), 1 where a store, network, machine or the work itself failed.
     """
 
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+        self.add_note(f"exit code {exit_code}")  # Ray hands on the text of a task's error alone
 
 
 _UNITS = {

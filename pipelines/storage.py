@@ -50,6 +50,8 @@ DENIED_ALONE = ("AccessDenied", "AllAccessDisabled", "403", "")
 OUT_OF_DATE = ("ExpiredToken", "InvalidToken", "RequestExpired", "TokenRefreshRequired")  # said with status 400, too
 # The last two: of a bucket in another region.
 NO_BUCKET = ("NoSuchBucket", "InvalidBucketName", "PermanentRedirect", "AuthorizationHeaderMalformed")
+NO_SUCH_BUCKET = "there is no such bucket."
+WRONG_NAMES = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 AWAY = (NoConnectionError, HTTPClientError)
 T = TypeVar("T")
@@ -58,13 +60,14 @@ T = TypeVar("T")
 def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     """A local path, file:// or s3:// URI that exists -> (file system, path in it).
 
-    Raises UserError (exit code 2) where there is nothing, the bucket is missing, or access is denied.
+    Raises UserError: exit code 2 where there is nothing, the bucket is missing, or access is denied; 1 where it does
+    not answer.
     """
     try:
         fs, path = locate(uri)
         info = fs.get_file_info(path)
     except OSError as error:
-        raise UserError(f"{uri} cannot be read: {explain(error)}", 2) from error
+        raise not_done(uri, "read", error) from error
     if info.type == pafs.FileType.NotFound:
         what = "no bucket or folder" if fs.type_name == "s3" else "no file or folder"
         raise UserError(f"There is {what} {uri}.", 2)
@@ -106,12 +109,12 @@ def bucket_and_key(uri: str | Path) -> tuple[str | None, str]:
 
 
 def kind(uri: str | Path) -> pafs.FileType:
-    """NotFound, File or Directory. Raises UserError (exit code 2) where that cannot be known."""
+    """NotFound, File or Directory. Raises UserError where that cannot be known."""
     try:
         fs, path = locate(uri)
         return fs.get_file_info(path).type
     except OSError as error:
-        raise UserError(f"{uri} cannot be read: {explain(error)}", 2) from error
+        raise not_done(uri, "read", error) from error
 
 
 def join(folder: str | Path, name: str) -> str:
@@ -137,7 +140,7 @@ def plain(uri: str | Path) -> str:
 
 
 def list_files(uri: str | Path, recursive: bool = False) -> dict[str, pafs.FileInfo]:
-    """The files below a folder or prefix, by their names relative to it. Raises UserError (exit code 2).
+    """The files below a folder or prefix, by their names relative to it. Raises UserError.
 
     Links are followed, but not back to a folder that led to them.
     """
@@ -147,7 +150,7 @@ def list_files(uri: str | Path, recursive: bool = False) -> dict[str, pafs.FileI
         found = fs.get_file_info(list(files_below(path)) if local else pafs.FileSelector(path, recursive=recursive))
         return {info.path.removeprefix(path).lstrip("/"): info for info in found if info.type == pafs.FileType.File}
     except OSError as error:
-        raise UserError(f"{uri} cannot be listed: {explain(error)}", 2) from error
+        raise not_done(uri, "listed", error) from error
     except UnicodeError as error:
         raise UserError(f"{uri} holds a file whose name is not UTF-8; rename it.", 2) from error
 
@@ -176,7 +179,7 @@ def fetch(uri: str | Path, folder: Path) -> Path:
             copy.mkdir()
         pafs.copy_files(path, str(copy), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
     except OSError as error:
-        raise UserError(f"{uri} cannot be read: {explain(error)}", 2) from error
+        raise not_done(uri, "read", error) from error
     return copy
 
 
@@ -226,7 +229,7 @@ def copy_verified(folder: Path, fs: pafs.FileSystem, place: str) -> None:
 def read_file(uri: str | Path, largest: int | None = None) -> tuple[bytes | None, str | None]:
     """(the bytes of a file, None), or (None, why they cannot be had).
 
-    Raises UserError (exit code 1) where it is the object store that does not answer.
+    Raises UserError where it is the object store: exit code 1 if it does not answer.
     """
     try:
         fs, path = locate(uri, WORKING)
@@ -244,7 +247,7 @@ def read_file(uri: str | Path, largest: int | None = None) -> tuple[bytes | None
         if is_denied(error):
             return None, DENIED
         if is_remote(uri):
-            raise UserError(f"{uri} cannot be read: {explain(error)}") from error
+            raise not_done(uri, "read", error) from error
         return None, f"{UNREADABLE} ({os.strerror(error.errno or errno.EIO)})"
 
 
@@ -533,14 +536,21 @@ if hasattr(os, "register_at_fork"):  # a connection is of one process
 
 def from_task(error: Exception) -> UserError | None:
     """The UserError by which a Ray task ended, which is in the text of Ray's error only."""
-    causes = re.findall(r"UserError: (.+)$", str(error), re.MULTILINE)
-    return UserError(f"{causes[-1].rstrip('.')}; what was done is kept, so run it again.") if causes else None
+    causes = re.findall(r"UserError: (.+)\nexit code (\d)$", str(error), re.MULTILINE)
+    if not causes:
+        return None
+    why, code = causes[-1]
+    return UserError(f"{why.rstrip('.')}; what was done is kept, so run it again.", int(code))
 
 
 def not_done(uri: str | Path, what: str, error: Exception) -> UserError:
-    """That a file cannot be `what` (read, written, listed), and why: exit code 2 where somebody must let us."""
+    """That a file cannot be `what` (read, written, listed), and why.
+
+    Exit code 2 where somebody must let us or give another name, 1 where the disk, store or network failed.
+    """
     ours = isinstance(error, BotoCoreError) and not is_transient(error)  # credentials, certificates, names
-    code = 2 if ours or is_denied(error) or _code(error) in NO_BUCKET else 1
+    no_bucket = _code(error) in NO_BUCKET or explain(error) == NO_SUCH_BUCKET
+    code = 2 if ours or no_bucket or is_denied(error) or isinstance(error, WRONG_NAMES) else 1
     return UserError(f"{uri} cannot be {what}: {explain(error)}", code)
 
 
@@ -551,7 +561,7 @@ def explain(error: Exception) -> str:
         said = "" if _code(error) in DENIED_ALONE else f" ({_code(error)})"
         return f"access is denied{said}; check who may read it (on S3, the AWS_* variables)."
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
-        return "there is no such bucket."
+        return NO_SUCH_BUCKET
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         return "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
     if isinstance(error, ParamValidationError):

@@ -104,7 +104,7 @@ class Client(JobSubmissionClient):
         except (requests.ConnectionError, requests.Timeout) as error:
             raise Away(f"{self.place} does not answer ({_reason(error)}).") from error
         except requests.RequestException as error:  # its text may hold the header
-            raise UserError(f"{self.place} cannot be asked ({type(error).__name__}).", 2) from None
+            raise UserError(f"{self.place} cannot be asked ({type(error).__name__}).") from None
         said = answer.text.strip().splitlines()[-1:] or [answer.reason]
         if answer.status_code >= 500:
             raise Away(f"{self.place} cannot do it now ({answer.status_code}: {said[0]}).")
@@ -191,8 +191,8 @@ def pack(folder: Path, config: Path | None) -> str:
         largest = max(files, key=lambda name: len(files[name]))
         raise UserError(
             f"What would go along is {size / 2**20:.0f} MiB, and at most {LARGEST >> 20} are sent; the largest file is "
-            f"{config if largest == CONFIG else largest}."
-        )
+            f"{config if largest == CONFIG else largest}.", 2,
+        )  # fmt: skip
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

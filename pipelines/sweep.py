@@ -398,8 +398,7 @@ def _train_or_tell(values: Values, place: str, common: dict[str, Any]) -> None:
             f"{common['name']}-{place.rpartition('/')[2]}", tags, callbacks=[_cut_reports(options.validations)],
         )  # fmt: skip
     except UserError as error:
-        again = not isinstance(error, Diverged) and error.exit_code != 2
-        _end(place, common, "failed", str(error), again)
+        _end(place, common, "failed", str(error), again=not isinstance(error, Diverged))
         tune.report(NOTHING)
         return
     _end(place, common, "finished", **{key: found[key] for key in ("AP", "AP50", "run_id")})

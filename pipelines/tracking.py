@@ -138,8 +138,8 @@ class Tracker:
         if found.lifecycle_stage != "active":
             raise UserError(
                 f"MLflow's experiment {self.experiment!r} was deleted; restore it with "
-                f"`mlflow experiments restore -x {found.experiment_id}` or set tracking.experiment."
-            )
+                f"`mlflow experiments restore -x {found.experiment_id}` or set tracking.experiment.", 2,
+            )  # fmt: skip
         return found.experiment_id
 
     def start_run(self, name: str, run_id: str | None = None, tags: Mapping[str, Any] | None = None) -> str:
@@ -449,7 +449,7 @@ class _ServersClient:
                 else:
                     what = f"does not accept this password of {user!r}" if user else "asks for a user and a password"
                     what += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to those of a user of it"
-                raise UserError(f"MLflow at {self._uri} {what}.") from error
+                raise UserError(f"MLflow at {self._uri} {what}.", 2) from error
 
         return ask
 

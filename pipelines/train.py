@@ -28,7 +28,7 @@ from joblib import cpu_count
 from torch import Tensor
 
 from detr.batch import normalise
-from detr.checkpoint import CheckpointError, init_from, load_backbone
+from detr.checkpoint import CheckpointError, DownloadError, init_from, load_backbone
 from detr.criterion import SetCriterion, Window, find_window
 from detr.matcher import NonFiniteOutputs
 from detr.memory import recompute_activations
@@ -285,8 +285,8 @@ def check_labels(dataset_folder: Path, dataset: dict[str, Any]) -> None:
         )
         raise UserError(
             f"{name} in {dataset_folder} has the label {label}, and the label map ends at {classes - 1}: the shards do "
-            "not belong to their dataset.json. Delete the folder and ingest again."
-        )
+            "not belong to their dataset.json. Delete the folder and ingest again.", 2,
+        )  # fmt: skip
 
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
@@ -302,7 +302,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         explained = explain_failure(error, folder, config["settings"]["train"]["storage"])
         if explained is None:
             raise
-        told = {"format": 1, "error": str(explained), "diverged": isinstance(error, Diverged)}
+        told = {"format": 1, "error": str(explained), "exit_code": explained.exit_code,
+                "diverged": isinstance(error, Diverged)}  # fmt: skip
         with contextlib.suppress(OSError, UserError):  # the disk may be full, and then it is tried again
             write_json(join(folder, FAILED), told)
         raise explained from error
@@ -625,7 +626,7 @@ def load_initial_weights(model: DETR, options: TrainSettings, class_names: list[
             if options.init_from:
                 messages.append(init_from(model, fetch(options.init_from, Path(place)), class_names))
     except CheckpointError as error:
-        raise UserError(f"{error}.", 2) from error
+        raise UserError(f"{error}.", 1 if isinstance(error, DownloadError) else 2) from error
     return messages
 
 
@@ -678,7 +679,7 @@ def _said(folder: str) -> UserError | None:
         said = read_json(join(folder, FAILED))
     except FileNotFoundError:
         return None
-    return (Diverged if said["diverged"] else UserError)(said["error"])
+    return (Diverged if said["diverged"] else UserError)(said["error"], said["exit_code"])
 
 
 def _explain(error: Exception, folder: str, storage: str | None) -> UserError:

@@ -90,8 +90,8 @@ FAULTS = {
     "no annotations": (changed(annotations=...), 2, "no 'annotations'"),
     "no categories": (changed(categories=...), 2, "no 'categories'"),
     "images an object": (changed(images={}), 2, "'images' is a JSON object"),
-    "empty images": (changed(images=[]), 1, "'images' is empty"),
-    "empty categories": (changed(categories=[]), 1, "'categories' is empty"),
+    "empty images": (changed(images=[]), 2, "'images' is empty"),
+    "empty categories": (changed(categories=[]), 2, "'categories' is empty"),
     "image a text": (changed(images__1="x"), 2, r"images\[1\] is a text"),
     "annotation null": (changed(annotations__0=None), 2, r"annotations\[0\] is a null"),
     "category a number": (changed(categories__0=1), 2, r"categories\[0\] is a number"),
@@ -160,7 +160,7 @@ def test_a_file_name_outside_the_folder_refuses_the_whole_file(write, tmp_path, 
         safe_join(root, name)
     with pytest.raises(UserError, match=r"images\[0\] \(id 2\) has the file name") as error:
         read_coco(write(changed(images__0__file_name=name)), root)
-    assert error.value.exit_code == 1 and str(error.value).isprintable()
+    assert error.value.exit_code == 2 and str(error.value).isprintable()
 
 
 def test_names_that_stay_inside(tmp_path):

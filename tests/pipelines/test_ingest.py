@@ -236,7 +236,7 @@ def test_too_many_rejects_stop_the_run(ray_cluster, dataset, tmp_path):
     strict = override_settings(SETTINGS, {"ingest.max_reject_fraction": 0.2})
     with pytest.raises(UserError, match=r"5 of 13 images were rejected.*t\d\.png: .*rejects\.parquet") as error:
         run(dataset, tmp_path / "out", strict)
-    assert error.value.exit_code == 1 and not (tmp_path / "out" / "dataset.json").exists()
+    assert error.value.exit_code == 2 and not (tmp_path / "out" / "dataset.json").exists()
     assert pq.read_table(tmp_path / "out" / "rejects.parquet").num_rows == 8
 
     for n in range(3):
@@ -367,9 +367,9 @@ def test_categories_must_agree(dataset):
     change(path, lambda c: c["categories"].pop(0) and c.update(annotations=[]))
     source(SETTINGS, dataset)  # another order, one left out: fine
     change(path, lambda c: c["categories"].append({"id": 9, "name": "emu"}))
-    refused(dataset, r"instances_val.json has the category 'emu' \(id 9\), which .*train.json lacks; add", 1)
+    refused(dataset, r"instances_val.json has the category 'emu' \(id 9\), which .*train.json lacks; add", 2)
     change(path, lambda c: c.update(categories=[{"id": 2, "name": "cat"}]))
-    refused(dataset, "Category 2 is 'dog' in .*train.json, but 'cat' in .*val.json", 1)
+    refused(dataset, "Category 2 is 'dog' in .*train.json, but 'cat' in .*val.json", 2)
 
 
 def test_annotations_without_a_usable_box_are_refused(dataset):
@@ -378,7 +378,7 @@ def test_annotations_without_a_usable_box_are_refused(dataset):
             annotation["bbox"][2] = 0
 
     change(dataset / "instances_train.json", edit)
-    refused(dataset, r"train.json has no box that can be trained on \(the first of 20: the box has no area\)", 1)
+    refused(dataset, r"train.json has no box that can be trained on \(the first of 20: the box has no area\)", 2)
 
 
 def content(document):

@@ -118,6 +118,7 @@ def test_who_is_not_known_is_told_so_at_once(mlflow_server, tmp_path, monkeypatc
         tracker(asked_for(mlflow_server), tmp_path, "digits")
     assert time.monotonic() - started < 10
     assert SENTENCE.fullmatch(str(error.value)) and "not-the-password" not in str(error.value)
+    assert error.value.exit_code == 2
 
 
 def test_who_may_only_read_fetches_models_and_changes_nothing(tracked, mlflow_server, log_in, tmp_path):

@@ -297,5 +297,6 @@ def test_what_cannot_be_had_is_said_in_a_sentence(reachable, folder, monkeypatch
 
 def test_a_store_that_does_not_answer_is_said(reachable, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="the object store does not answer"):
+    with pytest.raises(UserError, match="the object store does not answer") as error:
         source(RunSettings(), "s3://data/sets/shapes")
+    assert error.value.exit_code == 1

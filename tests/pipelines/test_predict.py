@@ -163,7 +163,7 @@ def test_too_many_bad_images_stop_the_run_until_they_are_mended_or_the_limit_is_
     words = r"6 of 12 images cannot be used.*max_reject_fraction 0\.4.*6 because it is not an image.*done is kept in"
     with pytest.raises(UserError, match=words) as error:
         run(settings, tmp_path / "in", checkpoint, tmp_path / "out")
-    assert error.value.exit_code == 1
+    assert error.value.exit_code == 2
     with pytest.raises(UserError, match="no finished prediction"):
         detections_of(str(tmp_path / "out"))
     without_ray.clear()

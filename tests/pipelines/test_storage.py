@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -133,6 +134,34 @@ def test_a_bucket_that_is_missing_or_closed_is_said(serve):
         filesystem("s3://missing/images")
 
 
+def test_a_store_that_does_not_answer_is_a_failure_and_what_we_may_not_see_is_wrong_use(serve, tmp_path, monkeypatch):
+    asks = (filesystem, kind, list_files, lambda uri: fetch(uri, tmp_path))
+    serve(lambda request: (403, error(b"AccessDenied")))
+    for ask in asks:
+        with pytest.raises(UserError, match="access is denied") as found:
+            ask("s3://closed/images")
+        assert found.value.exit_code == 2
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    _s3.cache_clear()
+    s3_client.cache_clear()
+    for ask in asks:
+        with pytest.raises(UserError, match=r"s3://away/images cannot be .*: the object store does not answer") as found:
+            ask("s3://away/images")
+        assert found.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(28, "No space left on device"), 1), (OSError(5, "Input/output error"), 1),
+        (PermissionError(13, "Permission denied"), 2), (FileExistsError(17, "File exists"), 2),
+        (NotADirectoryError(20, "Not a directory"), 2), (FileNotFoundError(2, "No such file or directory"), 2),
+    ],
+)  # fmt: skip
+def test_a_disk_that_fails_is_a_failure_and_a_name_that_cannot_be_is_wrong_use(error, code):
+    assert storage.not_done("/some/file", "written", error).exit_code == code
+
+
 def test_a_store_that_is_busy_for_a_while_is_waited_for(serve):
     asked = []
 
@@ -216,9 +245,12 @@ def test_links_are_followed_but_not_round_and_round(tmp_path):
 
 
 def test_the_reason_of_a_task_is_found_in_rays_text():
-    text = "ray::map() (pid=1)\n  File x\npipelines.settings.UserError: s3://b/a.jpg cannot be read: it is away.\n"
-    error = from_task(RuntimeError(text))
-    assert str(error) == "s3://b/a.jpg cannot be read: it is away; what was done is kept, so run it again."
+    for code in (1, 2):
+        raised = UserError("s3://b/a.jpg cannot be read: it is away.", code)
+        text = "".join(traceback.format_exception(raised))  # what Ray keeps of it
+        error = from_task(RuntimeError(f"ray::map() (pid=1)\n  File x\n{text}\nThe above exception was the cause\n"))
+        assert str(error) == "s3://b/a.jpg cannot be read: it is away; what was done is kept, so run it again."
+        assert error.exit_code == code
     assert from_task(RuntimeError("KeyError: 1")) is None
 
 

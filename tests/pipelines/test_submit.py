@@ -148,7 +148,7 @@ def test_what_goes_along_is_code_and_config_alone(api, tmp_path, monkeypatch):
 def test_too_much_is_not_sent(api, monkeypatch):
     monkeypatch.setattr(submitting, "LARGEST", 2**16)
     result = submit(*TRAIN)
-    assert result.exit_code == 1 and "MiB" in sentence(result)
+    assert result.exit_code == 2 and "MiB" in sentence(result)
     assert not api.packages and not api.jobs
 
 

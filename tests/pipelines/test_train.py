@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -125,6 +126,17 @@ def test_starting_weights_that_cannot_be_read_are_one_sentence(tmp_path):
     for given in (tmp_path / "nothing.pth", tmp_path):
         with pytest.raises(UserError, match=str(given)):
             load_initial_weights(model, TrainSettings(init_from=str(given)), ["a", "b", "c"])
+
+
+def test_weights_that_the_network_does_not_give_are_a_failure_and_wrong_ones_wrong_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *_, **__: (_ for _ in ()).throw(URLError("no network")))
+    model = DETR(ModelConfig.model_validate({**SMALL, "backbone": "resnet18", "norm": "frozen"}))
+    (tmp_path / "wrong.pth").write_text("no weights")
+    for given, code in (("imagenet", 1), (str(tmp_path / "wrong.pth"), 2)):
+        with pytest.raises(UserError) as error:
+            load_initial_weights(model, TrainSettings(backbone_weights=given), ["a", "b", "c"])
+        assert error.value.exit_code == code
 
 
 def test_paths_of_weights_hold_wherever_a_worker_runs(tmp_path, monkeypatch):

@@ -386,8 +386,9 @@ def test_a_label_outside_the_map_is_said_before_anything_starts(tmp_path, settin
     record = read_json(copy / "dataset.json")
     record["categories"] = record["categories"][:3]
     (copy / "dataset.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"has the label \d+, and the label map ends at 2: .* ingest again"):
+    with pytest.raises(UserError, match=r"has the label \d+, and the label map ends at 2: .* ingest again") as error:
         run(settings, copy, tmp_path / "run")
+    assert error.value.exit_code == 2
 
 
 def test_a_copy_that_is_not_what_was_written_is_noticed(tmp_path):
