@@ -22,10 +22,11 @@ def confusion(matches: Matches, names: list[str], threshold: float | None) -> di
     """What was found as what, at IoU 0.5, by the detections whose score is at least the threshold (none where None).
 
     {"threshold", "iou", "names": names and "background", "matrix": whole numbers [K + 1, K + 1], rows truth, columns
-    found}. The last row was found where nothing is labelled, the last column is missed; a row's sum is the class's
-    objects, a column's its detections. Right ones are COCO's, so they agree with best_f1; of the rest each, by
-    descending score, goes to that object which it overlaps most of those that are left, if by 0.5 or more. Crowds, and
-    what lies on one of its class, count nowhere.
+    found, "unlabelled": [K]}. The last row was found where no labelled object is left, the last column is missed; a
+    row's sum is the class's objects, a column's its detections. Right ones are COCO's, so they agree with best_f1; of
+    the rest each, by descending score, goes to that object which it overlaps most of those that are left, if by 0.5 or
+    more. Crowds, and what lies on one of its class, count nowhere. "unlabelled" are things that were found where
+    nothing is labelled (errors of the kind "background"), each once, however many detections of a class it has.
     """
     nothing = len(names)
     matrix = np.zeros((nothing + 1, nothing + 1), np.int64)
@@ -47,7 +48,11 @@ def confusion(matches: Matches, names: list[str], threshold: float | None) -> di
                 truth = matches.object_label[there[best]]
             matrix[truth, matches.label[detection]] += 1
     np.add.at(matrix[:, nothing], matches.object_label[left], 1)
-    return {"threshold": threshold, "iou": IOU, "names": [*names, "background"], "matrix": matrix.tolist()}
+    unlabelled = np.bincount(matches.label[_things(matches, shown)], minlength=nothing)
+    return {
+        "threshold": threshold, "iou": IOU, "names": [*names, "background"], "matrix": matrix.tolist(),
+        "unlabelled": unlabelled.tolist(),
+    }  # fmt: skip
 
 
 def calibration(matches: Matches) -> dict[str, Any]:
@@ -133,6 +138,18 @@ def kinds_of_errors(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
         nearest = np.select([tests[POOR_BOX], tests[WRONG_CLASS]], [own.argmax(axis=1), other.argmax(axis=1)], -1)
         about[here] = np.where(nearest >= 0, there[nearest], -1)
     return kind, about
+
+
+def _things(matches: Matches, shown: np.ndarray) -> np.ndarray:
+    """int64 [n]: the best detection of each thing that was found where nothing is labelled, of its class and image."""
+    import torch
+    from torchvision.ops import batched_nms, box_convert
+
+    kind, _ = kinds_of_errors(matches)
+    alone = np.flatnonzero((kind == KINDS.index(BACKGROUND)) & shown)
+    boxes = box_convert(torch.from_numpy(matches.box[alone]), "xywh", "xyxy")
+    groups = torch.from_numpy(matches.image[alone] * len(matches.categories) + matches.label[alone])
+    return alone[batched_nms(boxes, torch.from_numpy(matches.score[alone]), groups, IOU).numpy()]
 
 
 def _missed(matches: Matches, kind: np.ndarray, about: np.ndarray, shown: np.ndarray) -> np.ndarray:

@@ -366,7 +366,8 @@ def _confusion(found: dict[str, Any] | None) -> dict[str, Any] | None:
         if count
     ]
     lost = sorted(range(nothing), key=lambda row: -matrix[row][nothing])[:MISSES]
-    false = sorted(range(nothing), key=lambda column: -matrix[nothing][column])[:MISSES]
+    unlabelled = found.get("unlabelled", [])  # older evaluations do not have it
+    false = sorted(range(len(unlabelled)), key=lambda at: -unlabelled[at])[:MISSES]
     return {
         "threshold": found["threshold"],
         "chart": svg(confusion_figure(found)) if nothing <= CLASSES else None,
@@ -374,8 +375,7 @@ def _confusion(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "more": sum(1 for count, *_ in taken[CONFUSIONS:] if count),
         "missed": [f"‘{names[row]}’ {matrix[row][nothing]:,} of {sum(matrix[row]):,}" for row in lost
                    if matrix[row][nothing]],
-        "false": [f"‘{names[column]}’ {_times(matrix[nothing][column])}" for column in false
-                  if matrix[nothing][column]],
+        "false": [f"‘{names[at]}’ {_times(unlabelled[at])}" for at in false if unlabelled[at]],
     }  # fmt: skip
 
 

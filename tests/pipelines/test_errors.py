@@ -94,6 +94,7 @@ def test_confusion_by_hand():
     assert found["names"] == ["cat", "dog", "background"] and found["iou"] == 0.5 and found["threshold"] == 0.3
     # Cats: one found, two missed. The dog was taken for a cat. Of the rest nothing was half on an object.
     assert found["matrix"] == [[1, 0, 2], [1, 0, 0], [2, 2, 0]]
+    assert found["unlabelled"] == [0, 1]  # neither the duplicate nor the poor boxes, which are about something labelled
     assert confusion(match(*scene(OBJECTS, DETECTIONS)), NAMES, None)["matrix"] == [[0, 0, 3], [0, 0, 1], [0, 0, 0]]
 
 
@@ -102,6 +103,15 @@ def test_confusion_gives_an_object_to_the_best_that_is_left():
     detections = [(5, 2, LEFT, 0.5), (5, 2, (3, 0, 10, 10), 0.9), (5, 2, LEFT, 0.4)]
     found = confusion(match(*scene(objects, detections)), NAMES, 0.1)["matrix"]
     assert found == [[0, 2, 0], [0, 0, 0], [0, 1, 0]]
+
+
+def test_a_thing_that_is_not_labelled_counts_once_however_often_it_is_found():
+    twice, other = [(0, 80, 10, 9), (0, 81, 10, 10)], (3, 88, 10, 10)  # IoU 0.9 and 0.82 with FAR, and 0.08
+    detections = [(5, 1, FAR, 0.9), *((5, 1, box, 0.8) for box in twice), (5, 1, other, 0.7), (5, 2, FAR, 0.6),
+                  (6, 1, FAR, 0.5), (6, 1, FAR, 0.05)]  # fmt: skip
+    found = confusion(match(*scene([(5, 1, LEFT)], detections)), NAMES, 0.3)
+    assert found["unlabelled"] == [3, 1]  # cats: two in the first image and one in the other
+    assert found["matrix"][-1] == [5, 1, 0]  # which are all detections
 
 
 def random_scene(seed):

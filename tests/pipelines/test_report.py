@@ -104,7 +104,7 @@ def judged(evaluation, **changes):
         "format": 2,
         "intervals": {"AP": [0.4016, 0.501], "AP50": [0.6, 0.75]},
         "confusion": {"threshold": 0.6, "iou": 0.5, "names": [*names, "background"],
-                      "matrix": np.zeros((len(names) + 1,) * 2, int).tolist()},
+                      "matrix": np.zeros((len(names) + 1,) * 2, int).tolist(), "unlabelled": [0] * len(names)},
         "calibration": {"bins": [], "error": None},
         "errors": {"threshold": 0.6, "counts": nothing, "cost": dict.fromkeys(ADVISED)},
     }  # fmt: skip
@@ -149,7 +149,7 @@ def full(tmp_path_factory):
 
 def test_what_a_batch_of_images_gave_is_told_in_words(full):
     page = (full[0] / "report.html").read_text(encoding="utf-8")
-    table = page[page.index("<h2>Predictions") : page.index('<h2 id="data"')]
+    table = page[page.index('<h2 id="predictions"') : page.index('<h2 id="data"')]
     cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", table)]
     assert dict(zip(cells[::2], cells[1::2], strict=True)) == {
         "images": "1,234, of which 2 could not be used",
@@ -260,6 +260,13 @@ def test_a_rejected_annotation_is_no_mistake(tmp_path):
     assert "There is no mistake" in words(tmp_path / "report.html")
 
 
+def test_every_section_is_in_the_navigation(full):
+    page = (full[0] / "report.html").read_text(encoding="utf-8")
+    (navigation,) = re.findall(r"<nav>(.*)</nav>", page)
+    sections = re.findall(r'<h2 id="(\w+)">', page)
+    assert re.findall(r'href="#(\w+)"', navigation) == sections and page.count("<h2") == len(sections)
+
+
 def test_a_sweep_has_a_section(tmp_path):
     dataset, _ = make(tmp_path, [RIGHT])
     trials = []
@@ -286,6 +293,7 @@ def test_a_sweep_has_a_section(tmp_path):
     assert text.count(f"train.note={EVIL} 0.") == 30 and "and 3 more trials, in trials.json of the sweep." in text
     assert page.count("data:image/svg+xml") == 2 and "<script" not in page  # the ranking and AP over the rate
     trials[2:] = [trials[5]]
+    assert '<a href="#sweep">' in (tmp_path / "report.html").read_text(encoding="utf-8")
     report("t", dataset, None, {}, None, load_settings(), [], None, None, tmp_path, sweep=sweep | {"best": 0})
     text = words(tmp_path / "report.html")
     assert "failed: It <b>broke</b>." in text and "more trial" not in text and "None" not in text
@@ -377,9 +385,11 @@ def test_of_many_classes_those_that_matter_come_first(tmp_path):
     scenes = [([(BOX, at)], [(BOX, at, 0.9)] if at != 7 else []) for at in range(39)]
     dataset, evaluation = make(tmp_path, scenes, names=names)
     matrix = np.eye(41, dtype=int)
-    matrix[3, 5], matrix[8, 40], matrix[40, 9] = 4, 6, 2
+    matrix[3, 5], matrix[8, 40], matrix[40, 9] = 4, 6, 5  # five detections of two things
+    unlabelled = [0] * 40
+    unlabelled[9] = 2
     judged(evaluation, confusion={"threshold": 0.5, "iou": 0.5, "names": [*names, "background"],
-                                  "matrix": matrix.tolist()})  # fmt: skip
+                                  "matrix": matrix.tolist(), "unlabelled": unlabelled})  # fmt: skip
     rows = [against(0.5, 0.5, 0.01 * at, -1.0, 1.0, name) for at, name in enumerate(names)]
     comparison = {"images": 39, "resamples": 9, "confidence": 0.95, "AP": rows[0], "AP50": rows[0], "per_class": rows}
     verdict = {"promoted": False, "reason": "No.", "version": "3", "champion": "2", "previous": "2", "rules": [],
@@ -391,7 +401,7 @@ def test_of_many_classes_those_that_matter_come_first(tmp_path):
     weakest = text[text.index("The 10 weakest classes") :]
     assert weakest.index("kind 07") < weakest.index("kind 00")
     assert "‘kind 03’ taken for ‘kind 05’ 4 times, of 5 labelled" in text
-    assert "Missed most: ‘kind 08’ 6 of 7." in text and "nothing is labelled: ‘kind 09’ 2 times." in text
+    assert "Missed most: ‘kind 08’ 6 of 7." in text and "each thing counted once: ‘kind 09’ 2 times." in text
     assert "Confusion matrix" not in page and page.count("All 40 classes") == 2
     assert "kind 39 no ground truth in this split" in text
 
