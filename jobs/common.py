@@ -32,8 +32,9 @@ def job(example: str, takes_input: bool = False, opens_store: bool = True) -> Ca
 
     takes_input: an argument that is no KEY=VALUE, or names a file, goes to work as `inputs`; one with a slash before
     its first "=" is a path or URI, as s3://bucket/day=1. work returns a JSON-like dict; its "exit_code", if any, is
-    the command's, and its "text", if any, is what is printed for people. opens_store: store is a folder, of a store on
-    S3 its mirror; else it is what was given.
+    the command's; its "text" or, of tables and trees, its "page", if any, is what is printed for people. --json has no
+    page: what is drawn there is in it as data. opens_store: store is a folder, of a store on S3 its mirror; else it is
+    what was given.
     """
 
     def decorate(work: Callable[..., dict[str, Any]]) -> click.Command:
@@ -165,13 +166,23 @@ def one_sentence(as_json: bool) -> Iterator[None]:
 
 def finish(result: dict[str, Any], as_json: bool) -> NoReturn:
     """Print a command's result and leave with its exit code."""
+    from pipelines.progress import JOB
+
     code = result.pop("exit_code", DONE)
+    data = dict(result)
+    text = words_of(data)
     if as_json:
-        click.echo(json.dumps({"exit_code": code, **result}, default=str))
-    elif text := result.get("text"):
+        said = result if JOB in os.environ else data  # a job's page is printed by who follows it
+        click.echo(json.dumps({"exit_code": code, **said}, default=str))
+    elif text:
         click.echo(text)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def words_of(result: dict[str, Any]) -> str | None:
+    """What a command's result says to people; its page is taken out of it."""
+    return result.pop("page", None) or result.get("text")
 
 
 def fail(message: str, code: int, as_json: bool) -> NoReturn:

@@ -54,7 +54,7 @@ def main(settings, store: Path, split: str, images: int, coco: str | None, outpu
         page.print(str(file), soft_wrap=True, highlight=False)
     return {
         **shown, "findings": [finding.model_dump() for finding in findings], "folder": str(folder),
-        "picture": str(picture), "coco": coco, "text": page.file.getvalue().rstrip(),
+        "picture": str(picture), "coco": coco, "page": page.file.getvalue().rstrip(),
     }  # fmt: skip
 
 

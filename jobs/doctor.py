@@ -24,7 +24,7 @@ def main(settings, store: str) -> dict:
         "wrong": counts[WRONG],
         "warnings": counts[WARNING],
         "findings": [finding.model_dump() for finding in findings],
-        "text": f"{table_text(findings_table(findings))}\nWrong: {counts[WRONG]}. Warnings: {counts[WARNING]}.",
+        "page": f"{table_text(findings_table(findings))}\nWrong: {counts[WRONG]}. Warnings: {counts[WARNING]}.",
     }
 
 

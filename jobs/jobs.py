@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from jobs.common import finish, one_sentence, table_text
+from jobs.common import finish, one_sentence, table_text, words_of
 from jobs.submit import address_option, follow_job
 
 WIDE = {"max_content_width": 100}
@@ -54,7 +54,7 @@ def show_list(client) -> dict:
                   Column("command", overflow="fold"))  # fmt: skip
     for job in jobs:
         table.add_row(job["submission_id"], _state(job), _utc(job["started"]), _utc(job["ended"]), job["command"])
-    return {"jobs": jobs, "text": table_text(table) if jobs else f"There are no jobs at {client.place}."}
+    return {"jobs": jobs, "page": table_text(table) if jobs else f"There are no jobs at {client.place}."}
 
 
 @_command("status", "detr jobs status detr-train-0123456789abcdef")
@@ -74,10 +74,10 @@ def status(client, job_id: str) -> dict:
     if over:
         lines[-1] += f", ended {_utc(job['ended'])} UTC"
         lines.append(ending(found)[1])
-    if result and (said := result.get("text") or result.get("error")):
+    if result and (said := words_of(result) or result.get("error")):
         lines.append(said)
     # The exit code of this command is another thing.
-    return {**job, "exit_code": 0, "command_exit_code": job["exit_code"], "result": result, "text": "\n".join(lines)}
+    return {**job, "exit_code": 0, "command_exit_code": job["exit_code"], "result": result, "page": "\n".join(lines)}
 
 
 @_command("follow", "detr jobs follow detr-train-0123456789abcdef")

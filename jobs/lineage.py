@@ -28,7 +28,7 @@ def main(settings, store: Path, inputs: list[str]) -> dict:
     page.print(lineage_tree(found), highlight=False)
     for sentence in found["unknown"]:
         page.print(sentence, soft_wrap=True, highlight=False)
-    return {**found, "text": page.file.getvalue().rstrip()}
+    return {**found, "page": page.file.getvalue().rstrip()}
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def show_list(store: Path) -> dict:
         shown.append({**schedule.model_dump(mode="json"), "next": at and at.isoformat(), **last})
     text = table_text(table) if shown else "There are no schedules; `detr schedule add` makes one."
     text += "" if not shown else _without_scheduler(store)
-    return {"schedules": shown, "scheduler_runs": running, "text": text}
+    return {"schedules": shown, "scheduler_runs": running, "page": text}
 
 
 @_command("pause", "detr schedule pause nightly")
@@ -186,7 +186,7 @@ def history(store: Path, name: str | None) -> dict:
     text = table_text(table) if entries else "Nothing ran yet."
     if len(entries) > SHOWN:
         text += f"\nThe last {SHOWN} of {len(entries)}; --json prints all."
-    return {"history": [{**e, "text": describe(e, running)} for e in entries], "text": text}
+    return {"history": [{**e, "text": describe(e, running)} for e in entries], "page": text}
 
 
 @_command("start", "detr schedule start")

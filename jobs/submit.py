@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from jobs.common import DONE, INTERRUPTED, check_command, finish, is_input, one_sentence
+from jobs.common import DONE, INTERRUPTED, check_command, finish, is_input, one_sentence, words_of
 
 SUBMITTABLE = (
     "pipeline", "sample", "ingest", "data", "suggest", "train", "sweep", "evaluate", "register", "promote", "rollback",
@@ -100,8 +100,8 @@ def _left(client, job_id: str, how: str) -> dict[str, Any]:
     if how == "done before":
         result = result_of(client, job_id)
         text = f"{job_id} is done since {job['ended']}; --again runs it once more."
-        text += f"\n{result['text']}" if result and result.get("text") else ""
-        return {"how": how, **job, "result": result, "text": text}
+        words = words_of(result) if result else None
+        return {"how": how, **job, "result": result, "page": f"{text}\n{words}" if words else text}
     starts = "was submitted" if how == "submitted" else "runs already"
     text = f"{job_id} {starts}; follow it: {_command('follow', client, job_id)}"
     return {"how": how, **job, "exit_code": DONE, "text": text}
@@ -121,7 +121,8 @@ def follow_job(client, job_id: str) -> dict[str, Any]:
         raise UserError(f"{error} What runs there goes on; {how_to}") from error
     _, words = ending(job)
     click.echo(words, err=True)
-    return {**describe(job), "result": result, "text": (result or {}).get("text")}
+    words = words_of(result) if result else None
+    return {**describe(job), "result": result, "page": words}
 
 
 def _command(name: str, client, job_id: str) -> str:

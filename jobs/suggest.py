@@ -24,7 +24,7 @@ def main(settings, store: Path) -> dict:
     page = Console(file=io.StringIO(), width=shutil.get_terminal_size((120, 24)).columns)
     page.print(suggestion_table(advice))
     lines = [page.file.getvalue().rstrip(), advice["note"], f"Add to your command: {' '.join(advice['settings'])}"]
-    return {**advice, "text": "\n".join(line for line in lines if line)}
+    return {**advice, "page": "\n".join(line for line in lines if line)}
 
 
 if __name__ == "__main__":

@@ -66,12 +66,13 @@ def record(message: str, level: str = "info", **numbers: Any) -> None:
 
 
 def message_of(line: str) -> str:
-    """What a line of a log says to a person: a record's message, or traceback; another line is as it is."""
+    """What a line of a log says to a person: a record's message with its rows, or traceback; another is as it is."""
     try:
         said = json.loads(line) if line.startswith('{"time": ') else {}
     except ValueError:
         return line
-    return said.get("traceback") or said.get("message") or line
+    rows = (", ".join(f"{name} {cell}" for name, cell in row.items() if cell) for row in said.get("rows", []))
+    return said.get("traceback") or "\n".join([said.get("message", ""), *rows]).strip() or line
 
 
 def say_all_as_records() -> None:
@@ -92,12 +93,22 @@ def say_all_as_records() -> None:
     sys.excepthook = crash
 
 
+def _rows(table: Table) -> list[dict[str, str]]:
+    """A table's rows, each its cells by the names of the columns."""
+    names = [str(column.header) for column in table.columns]
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return [dict(zip(names, map(str, cells), strict=True)) for cells in rows]
+
+
 class _Stderr(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         if not as_records():
             if not self.is_terminal and not any(isinstance(one, Table) for one in objects):
                 options = {"soft_wrap": True} | options  # a file has no width, and paths are looked for in one piece
             super().print(*objects, **options)
+            return
+        if objects and isinstance(objects[0], Table):
+            record(str(objects[0].title), rows=_rows(objects[0]))
             return
         page = Console(file=io.StringIO(), highlight=False, markup=False, width=self.width)
         page.print(*objects, soft_wrap=True)

@@ -368,6 +368,19 @@ def test_what_others_print_does_not_get_into_the_result(tmp_path):
     assert "a warning of the raylet" in result.stderr
 
 
+def test_what_is_drawn_for_people_is_not_in_the_json_but_for_who_follows_the_job(tmp_path, monkeypatch):
+    @job("drawn")
+    def drawn(settings, store):
+        """Has a table."""
+        return {"rows": [1], "page": "┏━┓"}
+
+    ask = ["--json", "--store", str(tmp_path)]
+    assert CliRunner().invoke(drawn, ask[1:]).stdout == "┏━┓\n"
+    assert json.loads(CliRunner().invoke(drawn, ask).stdout) == {"exit_code": 0, "rows": [1]}
+    monkeypatch.setenv("DETR_JOB", "detr-drawn-1")
+    assert json.loads(CliRunner().invoke(drawn, ask).stdout) == {"exit_code": 0, "rows": [1], "page": "┏━┓"}
+
+
 def test_a_damaged_model_is_one_sentence_for_predict_show(checkpoint, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoint, damaged)

@@ -265,3 +265,19 @@ def test_the_time_left_of_a_sweep_is_said_when_half_a_trial_is_over_and_counts_w
     left = read_left(lines)
     # 80 seconds for 0.79 of a trial; 100 for all of it but its start; 110 until the next one starts.
     assert left == [None] * 5 + [223, 203, 203, 219, 219, 219]
+
+
+def test_a_table_is_a_record_with_its_rows_and_is_read_as_lines(records):
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Trials")
+    for name in ("trial", "changes", "AP"):
+        table.add_column(name)
+    table.add_row("0", Text("lr=[1]"), "0.51")
+    table.add_row("1", "", "")
+    console.print(table)
+    (said,) = records()
+    assert said["message"] == "Trials"
+    assert said["rows"] == [{"trial": "0", "changes": "lr=[1]", "AP": "0.51"}, {"trial": "1", "changes": "", "AP": ""}]
+    assert message_of(json.dumps(said)) == "Trials\ntrial 0, changes lr=[1], AP 0.51\ntrial 1"
