@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -52,7 +54,15 @@ def _place_of_runs(uri: str | None, store: Path) -> str:
     """Where to look at them: a server, or the command that starts one."""
     if uri and uri.startswith(("http://", "https://")):
         return uri
-    return f"mlflow ui --backend-store-uri {uri or f'sqlite:///{store}/mlflow.db'}"
+    return f"{_mlflow()} ui --backend-store-uri {uri or f'sqlite:///{store}/mlflow.db'}"
+
+
+def _mlflow() -> str:
+    """MLflow's command, as it can be typed here: of a virtual environment that is not activated with its folder."""
+    ours = Path(sys.executable).with_name("mlflow")
+    if not ours.exists() or shutil.which("mlflow") == str(ours):
+        return "mlflow"
+    return shlex.quote(str(ours.relative_to(Path.cwd()) if ours.is_relative_to(Path.cwd()) else ours))
 
 
 def _show(value: float | None) -> str:

@@ -356,6 +356,25 @@ def test_explain_has_a_limit_of_pixels_and_reads_images_only(checkpoint, tmp_pat
     assert result.exit_code == 2 and "known format" in result.stderr
 
 
+def test_the_command_that_shows_the_runs_can_be_typed_as_it_stands(tmp_path, monkeypatch):
+    from jobs.pipeline import _place_of_runs
+
+    shown = " ui --backend-store-uri sqlite:///store/mlflow.db"
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    assert _place_of_runs(None, Path("store")) == f"mlflow{shown}"  # it is elsewhere
+    (programs / "mlflow").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    assert _place_of_runs(None, Path("store")) == f".venv/bin/mlflow{shown}"
+    (tmp_path / "my work").mkdir()
+    monkeypatch.chdir(tmp_path / "my work")
+    assert _place_of_runs(None, Path("store")) == f"{programs}/mlflow{shown}"
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")  # as an activated environment has it
+    assert _place_of_runs(None, Path("store")) == f"mlflow{shown}"
+    assert _place_of_runs("https://mlflow.example.org", Path("store")) == "https://mlflow.example.org"
+
+
 def test_what_others_print_does_not_get_into_the_result(tmp_path):
     @job("noisy")
     def noisy(settings, store):
