@@ -69,7 +69,7 @@ def look_at_data(dataset_folder: Path | str, settings: RunSettings) -> list[Find
         *_from_scratch(settings, splits["train"].num_rows),
         *_small_boxes(dataset, splits["train"], settings.model),
         *_queries(splits, settings.model),
-        *_lookalikes(splits),
+        *_lookalikes(splits, settings.gate.max_seen),
     ]
 
 
@@ -197,8 +197,8 @@ def _queries(splits: dict[str, pa.Table], model: ModelConfig) -> Iterator[Findin
         )
 
 
-def _lookalikes(splits: dict[str, pa.Table]) -> Iterator[Finding]:
-    """Nearly the same image in two splits."""
+def _lookalikes(splits: dict[str, pa.Table], max_seen: float) -> Iterator[Finding]:
+    """Nearly the same image in two splits; of train and val more than max_seen is what the gate refuses a model for."""
     looks = {split: _thumbnails(table["thumbnail"]) for split, table in splits.items()}
     for first, second in combinations(splits, 2):
         names, others = splits[second]["file_name"], splits[first]["file_name"]
@@ -207,12 +207,17 @@ def _lookalikes(splits: dict[str, pa.Table]) -> Iterator[Finding]:
             for i, near in enumerate(find_alike(looks[second], looks[first]))
             if len(near)
         ]
+        share = len(found) / max(1, len(names))
+        what, change = "", ""
+        if (first, second) == ("train", "val") and share > max_seen:
+            what = f", and the gate will refuse the model (more than gate.max_seen={max_seen:g} of them)"
+            change = f" Or accept that AP is too high: gate.max_seen={math.ceil(100 * share) / 100:g}."
         if found:
             yield Finding(
                 what=f"{len(found):,} of {_many(len(names), 'image', 'images')} of {second} nearly the same as one of "
-                f"{first}; its AP comes out too high",
+                f"{first}; its AP comes out too high{what}",
                 which=found,
-                change="Keep images of the same scene in one split: move one of each pair, or take it out.",
+                change=f"Keep images of the same scene in one split: move one of each pair, or take it out.{change}",
             )
 
 

@@ -172,6 +172,23 @@ def test_a_backbone_that_there_is_not_is_one_sentence(tmp_path):
     assert error.value.exit_code == 2
 
 
+def test_the_gates_refusal_is_foretold_of_val_alone_and_the_setting_that_lifts_it(tmp_path):
+    folder = dataset(tmp_path, ["cat"], **{split: [[(WIDE, 0)]] * 20 for split in ("train", "val", "test")})
+    same = pq.read_table(folder / "train-0.parquet").slice(0, 3)
+    for split in ("val", "test"):
+        path = folder / f"{split}-0.parquet"
+        table = pq.read_table(path)
+        pq.write_table(pa.concat_tables([same, table.slice(3)]), path)
+    of_val, *others = look_at_data(folder, RunSettings())
+    assert of_val.what.startswith("3 of 20 images of val nearly the same as one of train; its AP comes out too high, ")
+    assert "the gate will refuse the model (more than gate.max_seen=0.01 of them)" in of_val.what
+    assert of_val.change.endswith("move one of each pair, or take it out. Or accept that AP is too high: "
+                                  "gate.max_seen=0.15.")  # fmt: skip
+    assert len(others) == 2 and not any("gate" in one.what + one.change for one in others)
+    allowed = look_at_data(folder, load_settings(None, ["gate.max_seen=0.15"]))
+    assert len(allowed) == 3 and not any("gate" in one.what + one.change for one in allowed)
+
+
 def stacked(images):
     return np.frombuffer(b"".join(map(thumbnail, images)), np.uint8).reshape(len(images), 64)
 
