@@ -339,6 +339,8 @@ def serve(
                     if found.run is not None:
                         start(schedule, found.run, **missed)
                 if once and not going:
+                    if not outcomes and only is None and "file" not in said:
+                        _say(f"Nothing is due. {_next(schedules, now)}")
                     break
                 if not once:
                     _say_once(said, "next", _next(schedules, now))
@@ -559,6 +561,8 @@ def _place(schedules: list[Schedule], name: str) -> int:
 
 def _next(schedules: list[Schedule], now: datetime) -> str:
     times = [(next_time(s, max(now, s.since)), s) for s in schedules if not s.paused]
+    if schedules and not times:
+        return "Every schedule is paused; `detr schedule resume` ends that."
     if not times:
         return "Nothing is scheduled; `detr schedule add` does."
     at, schedule = min(times, key=lambda pair: pair[0])

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,9 +53,15 @@ def test_a_schedule_from_adding_to_removing(detr):
     (shown,) = said(detr("list", "--json"))["schedules"]
     assert shown["paused"] and shown["next"] is None
     assert said(detr("start", "--once", "--json")) == {"exit_code": 0, "runs": []}
+    idle = detr("start", "--once").stderr
+    assert idle == "Nothing is due. Every schedule is paused; `detr schedule resume` ends that.\n"
     assert said(detr("resume", "nightly", "--json"))["next"] == said(detr("list", "--json"))["schedules"][0]["next"]
+    idle = detr("start", "--once")
+    assert idle.exit_code == 0 and not idle.stdout
+    assert re.fullmatch(r"Nothing is due\. Next: nightly at \d{4}-\d\d-\d\d 02:00 CES?T\.\n", idle.stderr)
     assert detr("remove", "nightly").exit_code == 0
     assert "There are no schedules" in detr("list").stdout
+    assert detr("start", "--once").stderr == "Nothing is due. Nothing is scheduled; `detr schedule add` does.\n"
     for command in ("pause", "resume", "remove", "run"):
         gone = detr(command, "nightly")
         assert gone.exit_code == 2 and "no schedule nightly" in gone.stderr

@@ -333,7 +333,7 @@ def test_runs_of_a_schedule_never_overlap_and_those_of_others_do_not_wait(machin
         assert last["why"] == "the run before was not over"
 
 
-def test_what_was_missed_is_skipped_and_said_where_that_was_told(machine):
+def test_what_was_missed_is_skipped_and_said_where_that_was_told(machine, capsys):
     machine.add("s", "0 * * * *", "0", "skip")
     machine.set_clock("2030-01-01T05:30")
     assert machine.once() == []
@@ -341,8 +341,11 @@ def test_what_was_missed_is_skipped_and_said_where_that_was_told(machine):
     assert entry["state"] == "skipped" and "no scheduler" in entry["why"]
     assert [text[11:16] for text in entry["missed"]] == ["01:00", "05:00"]
     machine.set_clock("2030-01-01T06:00:10")
+    capsys.readouterr()
     assert [e["ending"] for e in machine.once()] == ["done"]
+    assert "Nothing is due" not in capsys.readouterr().err
     assert machine.once() == []
+    assert capsys.readouterr().err.endswith("Nothing is due. Next: s at 2030-01-01 07:00 UTC.\n")
 
 
 def test_how_a_command_ends_is_kept_with_its_output(machine):
