@@ -145,7 +145,7 @@ def test_a_store_that_does_not_answer_is_a_failure_and_what_we_may_not_see_is_wr
     _s3.cache_clear()
     s3_client.cache_clear()
     for ask in asks:
-        with pytest.raises(UserError, match="s3://away/images cannot be .*the object store does not answer") as found:
+        with pytest.raises(UserError, match=r"s3://away/images cannot be .*the object store does not answer") as found:
             ask("s3://away/images")
         assert found.value.exit_code == 1
 
