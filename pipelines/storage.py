@@ -69,8 +69,8 @@ def filesystem(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     except OSError as error:
         raise not_done(uri, "read", error) from error
     if info.type == pafs.FileType.NotFound:
-        what = "no bucket or folder" if fs.type_name == "s3" else "no file or folder"
-        raise UserError(f"There is {what} {uri}.", 2)
+        said = f"There is no bucket or folder {uri}." if fs.type_name == "s3" else f"There is no file or folder {uri}."
+        raise UserError(said, 2)
     return fs, path
 
 
