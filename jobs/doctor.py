@@ -9,9 +9,9 @@ from jobs.common import DONE, FAILED, job, table_text
 @job("detr doctor --config run.yaml cluster.address=10.0.0.5:6379 tracking.uri=https://mlflow.example.org",
      opens_store=False)  # fmt: skip
 def main(settings, store: str) -> dict:
-    """Look at what a run with these settings would use: Ray and its token, State API and room, storage, MLflow, clocks,
-    GPUs, disks, versions and open ports. It takes less than a minute, whatever hangs. What it writes to storage goes
-    again. The exit code is 1 if something is wrong; warnings are not."""
+    """Look at what a run with these settings would use: Ray and its token, State API, job agent and room, storage,
+    MLflow, clocks, GPUs, disks, versions and open ports. It takes less than a minute, whatever hangs. What it writes to
+    storage goes again. The exit code is 1 if something is wrong; warnings are not."""
     from pipelines.doctor import findings_table, look_around
     from pipelines.findings import WARNING, WRONG
     from pipelines.progress import console

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from pipelines.findings import Finding, not_asked, ok, one_line, warning, wrong
 from pipelines.settings import RunSettings
 
 if TYPE_CHECKING:
+    import psutil
     from packaging.requirements import Requirement
 
 DISTRIBUTION = "detr-system"
@@ -24,6 +26,9 @@ FEW_FILES, TOO_FEW_FILES = 10_000, 100
 SHARED, MOST_SHARED = 0.3, 10**10  # what Ray wants of the memory to share; so many bytes are enough
 RAYS = re.compile(r"^ray::|(^|/)(raylet|gcs_server)(\s|$)|/ray/(dashboard|_private|core|util)/")
 MLFLOWS = re.compile(r"\bmlflow[ .](server|ui|models serve)\b")
+# In the commands of Ray's processes: where its head is, and the folder of its session.
+RAY_AT = re.compile(r" --(?:gcs-)?address=(\S+:\d+)| --gcs_server_port=(\d+).* --node-ip-address=(\S+)")
+SESSION = re.compile(r"\bsession_[\d_-]+")
 INSTALL = "pip install --constraint constraints.txt --editable ."
 
 
@@ -230,7 +235,8 @@ def check_ports() -> list[Finding]:
     """What of this user's Ray and MLflow other machines can reach."""
     import psutil
 
-    beyond = set()
+    beyond: dict[str, set[int]] = {}  # ports by who listens there
+    sessions: dict[str, str] = {}  # of Rays, which not every process of theirs names
     try:
         listening = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.pid]
     except psutil.AccessDenied:  # macOS tells root alone
@@ -241,15 +247,38 @@ def check_ports() -> list[Finding]:
             continue
         try:
             process = psutil.Process(one.pid)
-            command, owner = " ".join(process.cmdline()), process.uids().real
+            whose = _whose(process) if process.uids().real == os.getuid() else None
         except psutil.Error:  # it has ended
             continue
-        name = "Ray" if RAYS.search(command) else "MLflow" if MLFLOWS.search(command) else None
-        if name and owner == os.getuid():
-            beyond.add((name, one.laddr.port))
+        if whose is None:
+            continue
+        name, session = whose
+        sessions |= {name: f" ({session})"} if session else {}
+        beyond.setdefault(name, set()).add(one.laddr.port)
     if not beyond:
         return [ok("open ports", "no Ray or MLflow of yours listens beyond this machine")]
-    ports = {name: sorted(port for whose, port in beyond if whose == name) for name in sorted({n for n, _ in beyond})}
-    listed = "; ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in ports.items())
-    return [warning("open ports", f"other machines may reach {listed}", "Let a firewall or security group admit only "
-                    "machines of the cluster; a token keeps others out, and does not hide what is said.")]  # fmt: skip
+    listed = "; ".join(f"{name}{sessions.get(name, '')}, {_ports(beyond[name])}" for name in sorted(beyond))
+    return [warning("open ports", f"other machines may reach your {listed}", "Let a firewall admit only machines of "
+                    "the cluster; a token keeps others out, and does not hide what is said.")]  # fmt: skip
+
+
+def _whose(process: psutil.Process) -> tuple[str, str] | None:
+    """A process of Ray's or MLflow's: (which Ray or MLflow, the Ray's session if it says so); None for another."""
+    import psutil
+
+    command = " ".join(process.cmdline())
+    if MLFLOWS.search(command):
+        return f"MLflow (process {process.pid})", ""
+    if not RAYS.search(command):
+        return None
+    if not RAY_AT.search(command):  # the title of a worker says nothing of it, the command of the raylet above does
+        with suppress(psutil.Error):
+            raylet = process.parent()
+            command = " ".join(raylet.cmdline()) if raylet else command
+    at, session = RAY_AT.search(command), SESSION.search(command)
+    name = f"Ray at {at[1] or f'{at[3]}:{at[2]}'}" if at else f"Ray (process {process.pid})"
+    return name, session[0] if session else ""
+
+
+def _ports(numbers: set[int]) -> str:
+    return f"{len(numbers)} ports" if len(numbers) > 1 else f"port {min(numbers)}"

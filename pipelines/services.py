@@ -33,10 +33,15 @@ from pipelines.settings import RunSettings, UserError
 
 SLOW_STATE = 5.0  # seconds
 RESUMES = 4  # CPUs below which a Ray Data job that goes on starves: no room for readers beside its actors
+AGENT = 10  # seconds in which the head's agent is to be there, as for Ray itself when a job is submitted
 SKEW, SKEW_REFUSED = 30, 900  # seconds a clock may be off, and from which on S3 refuses every request
 PROBE = 2**16  # bytes
 CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
 STALLS = "Restart the head with its dashboard: without, no stopped trial's place is freed, and sweeps stall."
+NO_AGENT = (
+    "Restart the head with another --dashboard-agent-listen-port: most often another Ray on that machine has the port "
+    "(52365 by default)."
+)
 WITH_TOKEN = "start it with RAY_AUTH_MODE=token and the token that `ray get-auth-token --generate` makes"
 
 
@@ -113,7 +118,7 @@ def check_jobs_api(url: str) -> list[Finding]:
         found, advice = f"nobody answers at {bare(url)} ({error})", "Restart the head with its dashboard, or mend"
         return [wrong("Ray's token", found, f"{advice} RAY_API_SERVER_ADDRESS."), wrong("State API", found, STALLS)]
     token, lets_in = _check_token(url, status)
-    return [token, check_state(url) if lets_in else not_asked("State API", "it is behind the same door")]
+    return [token, *(check_state(url) if lets_in else [not_asked("State API", "it is behind the same door")])]
 
 
 def _check_token(url: str, status: int) -> tuple[Finding, bool]:
@@ -143,8 +148,11 @@ def _check_token(url: str, status: int) -> tuple[Finding, bool]:
     return ok(check, f"{bare(url)} refuses who has none, and takes ours"), True
 
 
-def check_state(url: str) -> Finding:
-    """Whether Ray's State API answers soon: by it Ray frees the place of a sweep's trial that was stopped."""
+def check_state(url: str) -> list[Finding]:
+    """Whether Ray's State API answers soon: by it Ray frees the place of a sweep's trial that was stopped.
+
+    If it does, also whether the head has its agent.
+    """
     from ray.exceptions import RayError
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
@@ -153,12 +161,42 @@ def check_state(url: str) -> Finding:
     try:
         nodes = list_nodes(address=url, timeout=int(ANSWER))
     except (RayStateApiException, RayError, OSError, RuntimeError, KeyError, ValueError) as error:
-        return wrong("State API", f"it does not answer: {one_line(error)}", STALLS)
+        return [wrong("State API", f"it does not answer: {one_line(error)}", STALLS)]
     took = time.monotonic() - began
     found = f"it names {len(nodes)} node(s) within {took:.1f} s"
+    agent = check_agent(url)
     if took > SLOW_STATE:
-        return warning("State API", found, "Give the head more CPUs or memory: sweeps wait for its answers.")
-    return ok("State API", found)
+        return [warning("State API", found, "Give the head more CPUs or memory: sweeps wait for its answers."), agent]
+    return [ok("State API", found), agent]
+
+
+def check_agent(url: str) -> Finding:
+    """Whether the agent on the head answers, by which Ray starts submitted jobs.
+
+    It is asked to list a log, through the dashboard, which finds it as it does for a job.
+    """
+    from ray.exceptions import RayError
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+    from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+    from pipelines.submit import Away, Client
+
+    check = "job agent"
+    try:
+        head = list_nodes(address=url, filters=[("is_head_node", "=", True), ("state", "=", "ALIVE")],
+                          timeout=int(ANSWER))  # fmt: skip
+        if not head:
+            return wrong(check, "Ray names no node as its head, on which submitted jobs start", "Restart the head.")
+        patiently = Retrying(retry=retry_if_exception_type(Away), stop=stop_after_delay(AGENT), wait=wait_fixed(0.5),
+                             reraise=True)  # fmt: skip
+        patiently(Client(url).ask_agent, head[0].node_id, int(SLOW_STATE))
+    except Away:  # what the dashboard says of it is that it is in trouble
+        return wrong(check, "the agent on the head does not answer: `detr submit` waits in vain for it to start jobs",
+                     NO_AGENT)  # fmt: skip
+    except (UserError, RayStateApiException, RayError, OSError, RuntimeError, KeyError, ValueError) as error:
+        return wrong(check, f"the agent on the head cannot be asked: {one_line(error)}", NO_AGENT)
+    return ok(check, "the agent on the head, which starts submitted jobs, answers")
 
 
 def check_room(settings: RunSettings, cpus: int, gpus: int) -> list[Finding]:

@@ -114,6 +114,13 @@ class Client(JobSubmissionClient):
             raise UserError(f"{self.place} refuses it ({answer.status_code}: {said[0]}).")
         return answer
 
+    def ask_agent(self, node: str, seconds: int) -> None:
+        """Have the dashboard ask the agent of a node (its id) for the name of its log. Raises Away if it is not there.
+
+        The head's agent starts jobs; without, the dashboard says so only where a job is submitted.
+        """
+        self._do_request("GET", f"/api/v0/logs?node_id={node}&glob=dashboard_agent.log&timeout={seconds}")
+
 
 def _reason(error: Exception) -> str:
     found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))

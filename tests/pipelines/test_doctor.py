@@ -4,6 +4,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import secrets
 import socket
 import sqlite3
@@ -569,6 +570,27 @@ def test_a_torchvision_of_another_torch(tmp_path):
     assert found.verdict == WRONG and "do not go together" in found.found
 
 
+LISTENS = "import socket, sys; a = socket.create_server(('0.0.0.0', 0)); print(a.getsockname()[1], flush=True)"
+
+
+def test_open_ports_are_said_with_whose_they_are():
+    """Of an MLflow, and of a worker of Ray's, which the command of the raylet above it tells."""
+    waits = f"{LISTENS}; sys.stdin.read()"
+    worker = f"import os, subprocess, sys; subprocess.run(['ray::IDLE', '-c', {waits!r}], executable=sys.executable)"
+    told = ["/usr/bin/raylet", "--session-name=session_2026-01-02_03-04-05_6_7", "--gcs-address=10.9.8.7:6379"]
+    with (
+        subprocess.Popen([sys.executable, "-c", waits, "mlflow", "server"], stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE) as mlflow,
+        subprocess.Popen([sys.executable, "-c", worker, *told], stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE) as raylet,
+    ):  # fmt: skip
+        port, _ = int(mlflow.stdout.readline()), raylet.stdout.readline()
+        (found,) = found_by(machine.check_ports)
+        mlflow.stdin.close(), raylet.stdin.close()  # which ends them
+    assert found.verdict == WARNING and f"MLflow (process {mlflow.pid}), port {port}" in found.found
+    assert "Ray at 10.9.8.7:6379 (session_2026-01-02_03-04-05_6_7), port " in found.found
+
+
 # Ray: a Jobs API that lets everybody in, a real head with a token
 
 
@@ -600,8 +622,8 @@ def head(tmp_path_factory):
         (Path(folder) / "token").write_text(TOKEN)
         environment = {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": f"{folder}/token"}
         command = [RAY, "start", "--head", "--port", ports[0], "--dashboard-port", ports[1], "--num-cpus", "2",
-                   "--ray-client-server-port", ports[2], "--object-store-memory", "100000000",
-                   "--disable-usage-stats"]  # fmt: skip
+                   "--ray-client-server-port", ports[2], "--dashboard-agent-listen-port", "0",
+                   "--object-store-memory", "100000000", "--disable-usage-stats"]  # fmt: skip
         try:
             subprocess.run(command, env=os.environ | environment, check=True, capture_output=True, timeout=120)
             yield Path(folder), f"127.0.0.1:{ports[0]}", environment
@@ -648,11 +670,12 @@ def with_token(head, monkeypatch):
 def test_a_cluster_that_asks_for_a_token(with_token, head):
     found = found_by(services.check_ray, with_token, "store")
     assert [(f.check, f.verdict) for f in found] == [
-        ("Ray", OK), ("Ray's token", OK), ("State API", OK), ("room", WARNING)
+        ("Ray", OK), ("Ray's token", OK), ("State API", OK), ("job agent", OK), ("room", WARNING)
     ], found  # fmt: skip
-    assert "refuses who has none, and takes ours" in found[1].found and "2 CPU(s)" in found[3].found
+    assert "refuses who has none, and takes ours" in found[1].found and "2 CPU(s)" in found[4].found
     (ports,) = found_by(machine.check_ports)
-    assert ports.verdict == WARNING and "Ray" in ports.found and head[1].rpartition(":")[2] in ports.found
+    port, session = head[1].rpartition(":")[2], (head[0] / "ray" / "session_latest").resolve().name
+    assert ports.verdict == WARNING and re.search(rf"Ray at \S+:{port} \({session}\), \d+ ports", ports.found)
 
 
 def test_a_token_that_is_wrong_or_not_sent(with_token, head, monkeypatch):
@@ -695,6 +718,29 @@ def test_a_ray_of_our_own_asks_its_own_state_api(with_token, head):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.endswith("its own\n"), done.stderr
+
+
+def test_a_head_whose_agent_could_not_start(with_token, head):
+    """As where its port was taken: the agent's note of its address, by which Ray finds it for a job, is missing."""
+    code = (
+        "import json, ray\nfrom ray.dashboard.consts import DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX\n"
+        "from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put\n"
+        "from pipelines import services\nservices.AGENT = 1\n"
+        f"ray.init({with_token.cluster.address!r}, log_to_driver=False)\n"
+        "(node,) = ray.nodes()\n"
+        "key = f'{DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX}{node[\"NodeID\"]}'.encode()\n"
+        "noted = _internal_kv_get(key, namespace=b'dashboard')\n"
+        "assert noted and _internal_kv_del(key, namespace=b'dashboard')\n"
+        f"found = services.check_jobs_api({dashboard_of(head[0])!r})\n"
+        "_internal_kv_put(key, noted, namespace=b'dashboard')\n"
+        "print(json.dumps([finding.model_dump() for finding in found]))"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": paths})  # fmt: skip
+    found = [Finding(**one) for one in json.loads(done.stdout.splitlines()[-1])]
+    assert [(f.check, f.verdict) for f in found] == [("Ray's token", OK), ("State API", OK), ("job agent", WRONG)]
+    assert "`detr submit` waits in vain" in found[2].found and "--dashboard-agent-listen-port" in found[2].advice
 
 
 def test_a_cluster_whose_state_api_is_dead(with_token, head):
