@@ -494,6 +494,7 @@ def _stream(
     local = settings.cluster.address == "local"  # where Ray has more logical CPUs than there are cores
     cores = cpu_count() if local else cpus
     readers = max(1, min(cpus, cores) - actors if use_gpu else cores // 2)
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # few shards are no mistake
     warnings.filterwarnings("ignore", ".*ray_remote_args_fn.*")  # of 2.64; there is no other way to bound retries yet
     stream = (
         ray.data.from_items([{"shard": shard} for shard in todo], override_num_blocks=len(todo))

@@ -115,7 +115,8 @@ def test_the_exit_code_is_the_jobs_own_and_the_next_attempt_has_a_number(detr, s
     (data / "images").mkdir(parents=True)
     (data / "instances_train.json").write_text('{"images": [], "annotations": [], "categories": []}')
     code, again, said = detr(*words)
-    assert code == 1 and again["submission_id"] == f"{failed['submission_id']}-2", said
+    assert code == 2 and "its list 'images' is empty" in again["result"]["error"]
+    assert again["submission_id"] == f"{failed['submission_id']}-2", said
 
 
 def test_without_the_right_token_nothing_is_told(detr):
