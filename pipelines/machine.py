@@ -26,8 +26,8 @@ FEW_FILES, TOO_FEW_FILES = 10_000, 100
 SHARED, MOST_SHARED = 0.3, 10**10  # what Ray wants of the memory to share; so many bytes are enough
 RAYS = re.compile(r"^ray::|(^|/)(raylet|gcs_server)(\s|$)|/ray/(dashboard|_private|core|util)/")
 MLFLOWS = re.compile(r"\bmlflow[ .](server|ui|models serve)\b")
-# In the commands of Ray's processes: where its head is, and the folder of its session.
-RAY_AT = re.compile(r" --(?:gcs-)?address=(\S+:\d+)| --gcs_server_port=(\d+).* --node-ip-address=(\S+)")
+# In the commands of Ray's processes: where its head is (the head's own may say 0 of its port), and its session.
+RAY_AT = re.compile(r" --(?:gcs-)?address=(\S+:[1-9]\d*)")
 SESSION = re.compile(r"\bsession_[\d_-]+")
 INSTALL = "pip install --constraint constraints.txt --editable ."
 
@@ -236,7 +236,7 @@ def check_ports() -> list[Finding]:
     import psutil
 
     beyond: dict[str, set[int]] = {}  # ports by who listens there
-    sessions: dict[str, str] = {}  # of Rays, which not every process of theirs names
+    heads: dict[str, str] = {}  # the addresses of Rays, which not every process of theirs names
     try:
         listening = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN and one.pid]
     except psutil.AccessDenied:  # macOS tells root alone
@@ -252,32 +252,33 @@ def check_ports() -> list[Finding]:
             continue
         if whose is None:
             continue
-        name, session = whose
-        sessions |= {name: f" ({session})"} if session else {}
+        name, at = whose
+        heads |= {name: f" at {at}"} if at else {}
         beyond.setdefault(name, set()).add(one.laddr.port)
     if not beyond:
         return [ok("open ports", "no Ray or MLflow of yours listens beyond this machine")]
-    listed = "; ".join(f"{name}{sessions.get(name, '')}, {_ports(beyond[name])}" for name in sorted(beyond))
+    listed = "; ".join(
+        f"{name.replace(' ', heads.get(name, '') + ' ', 1)}, {_ports(beyond[name])}" for name in sorted(beyond)
+    )
     return [warning("open ports", f"other machines may reach your {listed}", "Let a firewall admit only machines of "
                     "the cluster; a token keeps others out, and does not hide what is said.")]  # fmt: skip
 
 
-def _whose(process: psutil.Process) -> tuple[str, str] | None:
-    """A process of Ray's or MLflow's: (which Ray or MLflow, the Ray's session if it says so); None for another."""
+def _whose(process: psutil.Process) -> tuple[str, str | None] | None:
+    """A process of Ray's or MLflow's: (which Ray or MLflow, where its head is if it says so); None for another."""
     import psutil
 
     command = " ".join(process.cmdline())
     if MLFLOWS.search(command):
-        return f"MLflow (process {process.pid})", ""
+        return f"MLflow (process {process.pid})", None
     if not RAYS.search(command):
         return None
-    if not RAY_AT.search(command):  # the title of a worker says nothing of it, the command of the raylet above does
+    if not SESSION.search(command):  # the title of a worker says nothing of it, the command of the raylet above does
         with suppress(psutil.Error):
             raylet = process.parent()
             command = " ".join(raylet.cmdline()) if raylet else command
     at, session = RAY_AT.search(command), SESSION.search(command)
-    name = f"Ray at {at[1] or f'{at[3]}:{at[2]}'}" if at else f"Ray (process {process.pid})"
-    return name, session[0] if session else ""
+    return f"Ray ({session[0] if session else f'process {process.pid}'})", at[1] if at else None
 
 
 def _ports(numbers: set[int]) -> str:

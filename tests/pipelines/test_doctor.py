@@ -676,6 +676,7 @@ def test_a_cluster_that_asks_for_a_token(with_token, head):
     (ports,) = found_by(machine.check_ports)
     port, session = head[1].rpartition(":")[2], (head[0] / "ray" / "session_latest").resolve().name
     assert ports.verdict == WARNING and re.search(rf"Ray at \S+:{port} \({session}\), \d+ ports", ports.found)
+    assert ports.found.count(session) == 1
 
 
 def test_a_token_that_is_wrong_or_not_sent(with_token, head, monkeypatch):
