@@ -227,7 +227,7 @@ def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
         "rejects": [],
     }
     labels = {category_id: label for label, category_id in enumerate(plan["labels"])}
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # a killed ingest's worker may still write its own
     # No compression: images are compressed already, and the rest is small.
     options = {"compression": "none", "use_dictionary": False, "write_statistics": ["image_id"]}
     with pq.ParquetWriter(part, SCHEMA, **options) as writer:
@@ -249,8 +249,9 @@ def write_shard(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
         os.replace(part, path)
         result["bytes"] = path.stat().st_size
     else:
-        part.unlink()
         path.unlink(missing_ok=True)
+    for left in folder.glob(f".{path.name}.*part"):  # ours where no row came, and those of the killed
+        left.unlink(missing_ok=True)
     write_json(note, result)
     return result
 
