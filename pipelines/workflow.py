@@ -69,11 +69,10 @@ def find_data(settings: RunSettings, store: Path) -> Callable[[], Record]:
     return lambda: last
 
 
-def ingest_stage(settings: RunSettings, store: Path, found: Source | None = None) -> Record:
-    """Shards of the data (of what `source` found, if it was asked); the record's folder holds dataset.json."""
-    from pipelines.ingest import ingest, source
+def ingest_stage(settings: RunSettings, store: Path, found: Source) -> Record:
+    """Shards of what `source` found; the record's folder holds dataset.json."""
+    from pipelines.ingest import ingest
 
-    found = found or source(settings, data_path(settings, store))
     return _stage(store, "ingest", settings.ingest.model_dump(), found.inputs,
                   lambda folder: ingest(settings, found, folder))  # fmt: skip
 
